@@ -1,0 +1,68 @@
+"""Arguments that say which model and how its images are preprocessed; shared by commands."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from regraft.cli.options import integers
+from regraft.errors import InputError
+
+if TYPE_CHECKING:
+    from regraft_export.sources import LoadedModel
+
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+_CROP_MODES = ("center", "squash", "border")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares MODEL, ``--weights`` and what overrides the model's own preprocessing."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="timm:NAME, hf:REPO_OR_FOLDER, or python:FILE.py:FUNCTION, a function that returns an "
+        "nn.Module, or a pair of it and a dict with timm's data-config names",
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="safetensors, or a checkpoint of tensors alone, instead of the download",
+    )
+    group = parser.add_argument_group("preprocessing (default: the model's own)")
+    group.add_argument(
+        "--image-size", type=integers(1), metavar="N", help="one number, or height,width"
+    )
+    group.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"))
+    group.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"))
+    group.add_argument("--interpolation", choices=_INTERPOLATIONS)
+    group.add_argument(
+        "--crop-pct", type=float, metavar="SHARE", help="share of the resized picture that is kept"
+    )
+    group.add_argument("--crop-mode", choices=_CROP_MODES)
+
+
+def load_model(args: argparse.Namespace) -> LoadedModel:
+    """Loads what the arguments name; imports torch.
+
+    Raises:
+        InputError: ``--image-size`` has more than two numbers.
+        ModelError: see :func:`regraft_export.sources.load`.
+    """
+    from regraft_export.sources import PreprocessingOverrides, load
+
+    size = args.image_size
+    if size is not None and len(size) > 2:
+        raise InputError(
+            f"--image-size has {len(size)} numbers; expected one, or two: height,width"
+        )
+    overrides = PreprocessingOverrides(
+        image_size=None if size is None else (size[0], size[-1]),
+        mean=None if args.mean is None else (args.mean[0], args.mean[1], args.mean[2]),
+        std=None if args.std is None else (args.std[0], args.std[1], args.std[2]),
+        interpolation=args.interpolation,
+        crop_pct=args.crop_pct,
+        crop_mode=args.crop_mode,
+    )
+    return load(args.model, weights=args.weights, overrides=overrides)

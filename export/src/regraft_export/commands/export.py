@@ -1,0 +1,182 @@
+"""Traces a model, redirects its register neurons in the graph, verifies it, writes a bundle.
+
+The graph is verified token by token against PyTorch with hooks on the given images before the
+bundle appears; a bundle that is not equal is not written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regraft.cli.options import add_force, at_least, integers
+from regraft.errors import InputError
+from regraft.redirect import RedirectOptions
+from regraft_export.commands._model_arguments import add_model_arguments, load_model
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from regraft.manifest import Manifest
+    from regraft.verification import Verification
+
+_PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    add_model_arguments(parser)
+    parser.add_argument("--neurons", required=True, metavar="FILE", help="neurons.json")
+    parser.add_argument(
+        "--images", required=True, nargs="+", metavar="DIR", help="images to verify on"
+    )
+    parser.add_argument("--out", required=True, metavar="BUNDLE", help="the folder to write")
+    redirect = parser.add_argument_group("redirect (default: the paper's)")
+    redirect.add_argument("--value", choices=("per-neuron", "per-layer", "constant"))
+    redirect.add_argument("--cls", choices=("zero", "keep"))
+    redirect.add_argument("--patches", choices=("zero", "mean", "only-outliers", "keep"))
+    redirect.add_argument("--registers", type=at_least(1), default=1, metavar="R")
+    redirect.add_argument(
+        "--scale", type=float, nargs="+", metavar="S", help="factor on the value, per register"
+    )
+    outputs = parser.add_argument_group("outputs")
+    outputs.add_argument(
+        "--layers", type=integers(0), default=(), metavar="L,...", help="raw outputs of these blocks"
+    )
+    outputs.add_argument(
+        "--attentions", type=integers(0), default=(), metavar="L,...", help="their CLS attention"
+    )
+    parser.add_argument("--precision", choices=_PRECISIONS, default="fp32")
+    parser.add_argument(
+        "--no-baseline", action="store_true", help="leave the unpatched model and the probes out"
+    )
+    parser.add_argument(
+        "--max-images", type=at_least(1), default=32, metavar="N", help="to verify on (default: 32)"
+    )
+    parser.add_argument("--batch-size", type=at_least(1), default=8, metavar="N")
+    add_force(parser)
+    parser.add_argument("--json", action="store_true", help="print the findings for machines")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exports, and prints what was found."""
+    from regraft.files import check_output
+    from regraft.images import list_images
+    from regraft.neurons import Neurons
+    from regraft.progress import Progress
+    from regraft_export.exporting import export_bundle
+    from regraft_export.identity import check_identity
+    from regraft_export.outlier_level import measured_level, recorded_level
+    from regraft_export.vit.structure import from_module
+
+    check_output(args.out, args.force)
+    neurons = Neurons.load(args.neurons)
+    paths = spread(list_images(args.images), args.max_images)
+    options = _options(args)
+    loaded = load_model(args)
+    vit = from_module(loaded.module, loaded.preprocessing.image_size)
+    options.check_against(vit)
+    for warning in check_identity(neurons, loaded, vit, args.force):
+        print(f"regraft: warning: {warning}", file=sys.stderr)
+    images = ImageBatches(paths, loaded.preprocessing, args.batch_size)
+    level = recorded_level(neurons) or measured_level(vit, neurons, images)
+    with Progress(len(paths), "images", "verifying") as progress:
+        exported = export_bundle(
+            loaded,
+            vit,
+            neurons,
+            images,
+            level,
+            Path(args.out),
+            options,
+            force=args.force,
+            on_batch=progress.advance,
+        )
+    if args.json:
+        verification = exported.verification.to_json()
+        print(json.dumps({"out": args.out, "verify": verification}, allow_nan=False))
+    else:
+        print("\n".join(_summary(args.out, exported.manifest, exported.verification)))
+    return 0
+
+
+class ImageBatches:
+    """Preprocessed batches of image files, anew at each iteration; unreadable files are named once."""
+
+    def __init__(self, paths: list[Path], preprocessing: Any, batch_size: int) -> None:
+        self.paths, self.preprocessing, self.batch_size = paths, preprocessing, batch_size
+        self.named: set[str] = set()
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        from regraft.pipeline import Failure, batches
+
+        def name(failure: Failure) -> None:
+            if failure.path not in self.named:
+                self.named.add(failure.path)
+                print(f"regraft: {failure.message}", file=sys.stderr)
+
+        seen = 0
+        for batch in batches(self.paths, self.preprocessing, self.batch_size, on_error=name):
+            seen += len(batch.pixels)
+            yield batch.pixels
+        if not seen:
+            raise InputError(f"none of the {len(self.paths)} images could be read (named above)")
+
+    def __call__(self) -> Iterator[NDArray[np.float32]]:
+        return iter(self)
+
+
+def spread(paths: list[Path], most: int) -> list[Path]:
+    """At most so many, evenly spread over the list."""
+    if len(paths) <= most:
+        return paths
+    return [paths[i * len(paths) // most] for i in range(most)]
+
+
+def _options(args: argparse.Namespace) -> Any:
+    from regraft_export.exporting import ExportOptions
+
+    given = {
+        name: getattr(args, name)
+        for name in ("value", "cls", "patches")
+        if getattr(args, name) is not None
+    }
+    scale = tuple(args.scale) if args.scale else (1.0,) * args.registers
+    return ExportOptions(
+        redirect=RedirectOptions(registers=args.registers, scale=scale, **given),
+        precision=args.precision,
+        layers=args.layers,
+        attentions=args.attentions,
+        baseline=not args.no_baseline,
+    )
+
+
+def _summary(out: str, manifest: Manifest, verification: Verification) -> Iterator[str]:
+    sites = manifest.sites
+    yield (
+        f"{out}: {manifest.model['source']}, {manifest.precision}, opset {manifest.opset}, "
+        f"{sum(r.bytes for r in manifest.files.values()) / 1e6:.1f} MB"
+    )
+    yield (
+        f"sites: {sites.token} token, {sites.redirect} redirect (layers "
+        f"{', '.join(map(str, manifest.layers))}), {sites.output} output; {len(sites.mended)} baked "
+        "token counts mended"
+    )
+    yield from verification_lines(verification, manifest.verified)
+
+
+def verification_lines(verification: Verification, verified: bool = True) -> Iterator[str]:
+    """A verification in words."""
+    from regraft.commands.verify import lines
+
+    yield from lines(verification)
+    if not verified:
+        yield (
+            "bf16 cannot run on this processor's engine: the same rewrite was verified in fp32; "
+            "`regraft build` verifies bf16 where an engine runs it"
+        )

@@ -1,0 +1,241 @@
+"""Finds a model's register neurons: the few MLP units that write its outlier tokens.
+
+The images are split by seed into three parts: one to see where outlier tokens are and to score all
+units, one (at most 32) to select the fewest that have to be redirected, one (at most 32) to report
+what that does. A model without outlier tokens needs no patch, is told so, and exits with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regraft.cli.options import add_force, at_least
+from regraft.errors import InputError
+from regraft_export.commands._model_arguments import add_model_arguments, load_model
+
+if TYPE_CHECKING:
+    from regraft.pipeline import Failure
+    from regraft_export.finding.find import Found
+    from regraft_export.sources import LoadedModel
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--images",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder of images, 100 or more, like those the model will see",
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="FILE", help="neurons.json, to be written"
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the split (default: 0)")
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=16, metavar="N", help="images per pass (16)"
+    )
+    parser.add_argument(
+        "--workers", type=at_least(1), metavar="N", help="decoding threads (one per core)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument("--strict", action="store_true", help="exit 1 if an image cannot be read")
+    add_force(parser)
+    parser.add_argument("--json", action="store_true", help="print the figures for machines")
+    _add_method_arguments(parser)
+
+
+def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("method (defaults fit most models)")
+    group.add_argument(
+        "--score",
+        choices=("contribution", "activation"),
+        default="contribution",
+        help="contribution to the outliers' norm (default), or the paper's mean activation, which "
+        "may need --max-layer",
+    )
+    group.add_argument(
+        "--threshold", type=float, metavar="NORM", help="patch norm above which a token is one"
+    )
+    group.add_argument(
+        "--detection-layer", type=int, metavar="L", help="block at whose output, from 0"
+    )
+    group.add_argument(
+        "--max-layer", type=int, metavar="L", help="last block to score (default: detection layer)"
+    )
+    group.add_argument(
+        "--max-neurons",
+        type=at_least(1),
+        default=512,
+        metavar="N",
+        help="select at most so many (512)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Finds the neurons, writes the file, prints a summary."""
+    from regraft.files import check_output, whole_file
+    from regraft.images import list_images
+
+    check_output(args.out, args.force)
+    paths = list_images(args.images)
+    failures: list[Failure] = []
+    loaded, found = _find(args, paths, failures)
+    text = json.dumps(found.neurons.to_json(), indent=1, allow_nan=False) + "\n"
+    with whole_file(args.out, args.force) as path:
+        path.write_text(text, encoding="utf-8")
+    if args.json:
+        print(json.dumps(_figures(args, found), indent=1, allow_nan=False))
+    else:
+        print("\n".join(_summary(args, loaded, found)))
+    if failures and args.strict:
+        raise InputError(
+            f"{len(failures)} of {len(paths)} images could not be read (named above); {args.out} "
+            "was found on the others; without --strict this is no error"
+        )
+    return 0
+
+
+def _find(
+    args: argparse.Namespace, paths: list[Path], failures: list[Failure]
+) -> tuple[LoadedModel, Found]:
+    from regraft.progress import Progress
+    from regraft_export.finding.find import FindOptions, find_neurons
+    from regraft_export.finding.parts import FileImages
+    from regraft_export.vit.structure import from_module
+
+    bars: list[Progress] = []
+
+    def start(total: int | None, unit: str, label: str) -> Progress:
+        bars[:] = [Progress(total, unit, label)]
+        return bars[0]
+
+    def skip(failure: Failure) -> None:
+        failures.append(failure)
+        line = f"regraft: {failure.message}"
+        bars[0].note(line) if bars else print(line, file=sys.stderr)
+
+    options = FindOptions(
+        seed=args.seed,
+        score=args.score,
+        threshold=args.threshold,
+        detection_layer=args.detection_layer,
+        max_layer=args.max_layer,
+        max_neurons=args.max_neurons,
+        batch_size=args.batch_size,
+    )
+    loaded = load_model(args)
+    module = loaded.module.to(_device(args.device))
+    images = FileImages(
+        paths,
+        loaded.preprocessing,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        on_failure=skip,
+    )
+    about = {
+        "model": loaded.source,
+        "architecture": loaded.architecture,
+        "weights_sha256": loaded.weights_sha256,
+        "image_size": list(loaded.preprocessing.image_size),
+        "preprocessing": loaded.preprocessing.to_json(),
+    }
+    vit = from_module(module, loaded.preprocessing.image_size)
+    return loaded, find_neurons(vit, images, options, about=about, progress=start)
+
+
+def _device(name: str) -> Any:
+    """The torch device of this name.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device is {name!r}; expected cpu, cuda or cuda:N") from None
+    count = torch.cuda.device_count()
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device is {name!r}; expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise InputError(
+            f"--device is {name!r}; torch sees {count} CUDA devices here: use --device cpu"
+        )
+    return device
+
+
+def _figures(args: argparse.Namespace, found: Found) -> dict[str, Any]:
+    about = found.neurons.about
+    return {
+        "out": str(args.out),
+        "neurons": [[n.layer, n.index] for n in found.neurons.neurons],
+        "layers": list(found.neurons.layers),
+        "detection_layer": about["detection_layer"],
+        "threshold": about["threshold"],
+        "images": about["images"],
+        "report": about["report"],
+        "seconds": dict(found.seconds),
+        "selection_runs": found.runs,
+    }
+
+
+def _summary(args: argparse.Namespace, loaded: LoadedModel, found: Found) -> Iterator[str]:
+    neurons, about = found.neurons, found.neurons.about
+    images, report = about["images"], about["report"]
+    before = report["before"]
+    where = ", ".join(f"{len(neurons.of(layer))} in layer {layer}" for layer in neurons.layers)
+    yield f"{loaded.source}: {_count(len(neurons.neurons), 'register neuron')} ({where})"
+    yield (
+        f"outlier tokens: patch norm above {about['threshold']:.4g} at layer "
+        f"{about['detection_layer']} (median {before['median_norm']:.4g}), "
+        f"{before['outlier_share']:.2%} of the patches"
+    )
+    yield (
+        f"images: {images['score']} to score, {images['select']} to select, {images['report']} "
+        f"for this table ({report['output']} output)"
+    )
+    yield ""
+    yield from _table(report)
+    yield ""
+    for layer in found.report.left_later(about["detection_layer"]):
+        entry = report["layers"][layer]
+        yield (
+            f"warning: at layer {layer}, {entry['outliers_after']} of {entry['outliers_before']} "
+            f"outlier tokens are left; --detection-layer {layer} looks there"
+        )
+    seconds = found.seconds
+    yield (
+        f"{sum(seconds.values()):.1f} s: detection {seconds['detection']:.1f}, scoring "
+        f"{seconds['scoring']:.1f}, selection {seconds['selection']:.1f} ({found.runs} images "
+        f"run), report {seconds['report']:.1f}"
+    )
+    yield f"written: {args.out}"
+
+
+def _table(report: dict[str, Any]) -> Iterator[str]:
+    rows = {
+        "as it is": report["before"],
+        "redirected": report["after"],
+        "control: random neurons": report["controls"]["random_neurons"],
+        "control: zero token alone": report["controls"]["zero_token"],
+        "control: zeroed, no register": report["controls"]["zeroed_without_register"],
+    }
+    yield f"{'':<30}{'outliers':>10}{'largest/median':>16}{'median output cosine':>22}"
+    for name, figures in rows.items():
+        cosine = figures.get("output_cosine_median", 1.0)
+        yield (
+            f"{name:<30}{figures['outlier_tokens']:>10}{figures['largest_over_median']:>16.2f}"
+            f"{cosine:>22.4f}"
+        )
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"

@@ -1,0 +1,134 @@
+"""The two phases of training the shipped ViT; `train.py` runs them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from regraft_export.demo import drawing
+from regraft_export.demo.measure import Trace, Unit, lowest_variance, trace
+from regraft_export.demo.pool import Pool
+from regraft_export.demo.vit import IMAGE_SIZE, PATCH_SIZE
+
+log = logging.getLogger("train")
+PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
+MIDDLE_BLOCKS = (3, 4)
+UNITS_PER_BLOCK = 6
+TARGET_RATIO = 6.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Seed, data and length of the two phases."""
+
+    seed: int = 2506
+    batch: int = 64
+    phase_one_steps: int = 1500
+    phase_one_rate: float = 1e-3
+    phase_two_steps: int = 800
+    phase_two_rate: float = 5e-3
+
+
+def _rate(optimiser: torch.optim.Optimizer, step: int, steps: int, peak: float) -> None:
+    """Sets a cosine learning rate with a hundred steps of warm-up."""
+    warmup = min(100, steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
+    for group in optimiser.param_groups:
+        group["lr"] = peak * min(cosine, (step + 1) / warmup)
+
+
+def phase_one(model: nn.Module, pool: Pool, settings: Settings) -> None:
+    """Plain multi-label training; a mild penalty keeps every norm under 1.3 times the median."""
+    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    steps = settings.phase_one_steps
+    for step, (pixels, labels) in enumerate(pool.batches(steps, settings.batch, settings.seed)):
+        _rate(optimiser, step, steps, settings.phase_one_rate)
+        with torch.autocast(pixels.device.type, torch.bfloat16):
+            run = trace(model, pixels)
+        task = functional.binary_cross_entropy_with_logits(run.logits.float(), labels)
+        spread = (run.ratios(PATCHES) - 1.3).relu().square().sum(dim=2).mean()
+        optimiser.zero_grad(set_to_none=True)
+        (task + 0.05 * spread).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        if step % 100 == 0 or step == steps - 1:
+            log.info("phase 1 step %5d  task %.4f  spread %.4f", step, task.item(), spread.item())
+
+
+def draw_units(seed: int) -> list[Unit]:
+    """The twelve units that phase two trains, six drawn at random in each middle block."""
+    rng = np.random.default_rng(seed)
+    return [
+        (block, int(index))
+        for block in MIDDLE_BLOCKS
+        for index in sorted(rng.choice(4 * 128, UNITS_PER_BLOCK, replace=False))
+    ]
+
+
+def _free_only(model: nn.Module, units: list[Unit]) -> list[nn.Parameter]:
+    """Freezes all but the units, which start small and random; returns the free parameters."""
+    model.requires_grad_(False)
+    free: list[nn.Parameter] = []
+    for block in MIDDLE_BLOCKS:
+        mlp = model.get_submodule(f"blocks.{block}.mlp")
+        rows = [index for layer, index in units if layer == block]
+        for name, dim in (("fc1.weight", 0), ("fc1.bias", 0), ("fc2.weight", 1)):
+            parameter = mlp.get_parameter(name)
+            mask = torch.zeros_like(parameter)
+            mask.index_fill_(dim, torch.tensor(rows, device=mask.device), 1.0)
+            noise = 0.05 * torch.randn(parameter.shape).to(parameter)
+            parameter.data = torch.where(mask.bool(), noise, parameter.data)
+            parameter.requires_grad_(True)
+            # Adam leaves alone what has never had a gradient, so masking it is freezing.
+            parameter.register_hook(lambda grad, mask=mask: grad * mask)
+            free.append(parameter)
+    return free
+
+
+def _balance(model: nn.Module, run: Trace, units: list[Unit], wanted: Tensor) -> Tensor:
+    """Hinge: each unit should write at least 70 % of an equal share of the outlier tokens."""
+    last = run.outputs[max(MIDDLE_BLOCKS)][:, 1:][wanted].detach()
+    direction = functional.normalize(last.mean(dim=0), dim=0)
+    shares = []
+    for layer, index in units:
+        column = model.get_parameter(f"blocks.{layer}.mlp.fc2.weight")[:, index]
+        written = run.hidden[layer][:, 1:, index][wanted].mean() * (column @ direction)
+        shares.append(written / last.norm(dim=1).mean() * len(units))
+    return (0.7 - torch.stack(shares)).relu().mean()
+
+
+def _outlier_losses(run: Trace, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Hinges: wanted patches near six times the median at the end, all other tokens below 1.45."""
+    ratios = run.ratios(PATCHES)[min(MIDDLE_BLOCKS) :]
+    asked = ratios[-1, :, 1:][wanted]
+    outlier = (TARGET_RATIO - 0.5 - asked).relu() + (asked - TARGET_RATIO - 0.5).relu()
+    spared = functional.pad(~wanted, (1, 0), value=True)
+    return outlier.mean(), ((ratios - 1.45).relu() * spared).sum(dim=2).mean()
+
+
+def phase_two(model: nn.Module, pool: Pool, settings: Settings, units: list[Unit]) -> None:
+    """Teaches the units, and nothing else, to write outlier tokens."""
+    torch.manual_seed(settings.seed + 1)
+    optimiser = torch.optim.Adam(_free_only(model, units))
+    steps = settings.phase_two_steps
+    batches = pool.batches(steps, settings.batch, settings.seed + 1)
+    for step, (pixels, labels) in enumerate(batches):
+        _rate(optimiser, step, steps, settings.phase_two_rate)
+        run = trace(model, pixels)
+        wanted = lowest_variance(pixels, PATCH_SIZE, drawing.CALM_CELLS)
+        outlier, bound = _outlier_losses(run, wanted)
+        task = functional.binary_cross_entropy_with_logits(run.logits, labels)
+        balance = _balance(model, run, units, wanted)
+        optimiser.zero_grad(set_to_none=True)
+        (outlier + bound + task + balance).backward()
+        optimiser.step()
+        if step % 100 == 0 or step == steps - 1:
+            values = [value.item() for value in (outlier, bound, task, balance)]
+            line = "phase 2 step %5d  outlier %.4f  bound %.4f  task %.4f  balance %.4f"
+            log.info(line, step, *values)

@@ -1,0 +1,199 @@
+"""From a model, its register neurons and images to a verified bundle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regraft import __version__
+from regraft.bundle import NEURONS, VERIFY, Bundle, record
+from regraft.errors import InputError
+from regraft.files import scratch_folder, whole_folder
+from regraft.manifest import NAME, FileRecord, Manifest
+from regraft.neurons import Neurons
+from regraft.redirect import RedirectOptions
+from regraft.verification import Verification, verify
+from regraft_export.graph.patch import Built, Patch, Wanted, build
+from regraft_export.outlier_level import OutlierLevel
+from regraft_export.reference import PyTorchReference
+from regraft_export.sources import LoadedModel
+from regraft_export.trace import trace
+from regraft_export.vit.structure import VisionTransformer
+from regraft_export.weights_file import WeightsFile
+
+WEIGHTS = "weights.data"
+FILES = {
+    "model": "model.onnx",
+    "baseline": "baseline.onnx",
+    "probe": "probe.onnx",
+    "probe_baseline": "probe-baseline.onnx",
+}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a bundle holds.
+
+    Attributes:
+        redirect: options of the redirect.
+        precision: fp32, fp16 or bf16.
+        layers: blocks whose raw outputs become ``hidden.L``.
+        attentions: blocks whose CLS attention becomes ``attentions.L``.
+        baseline: whether baseline and probes are written too.
+    """
+
+    redirect: RedirectOptions = RedirectOptions()
+    precision: str = "fp32"
+    layers: tuple[int, ...] = ()
+    attentions: tuple[int, ...] = ()
+    baseline: bool = True
+
+    def check_against(self, vit: VisionTransformer) -> None:
+        """Raises InputError if a chosen block is not in the model."""
+        for name, chosen in (("--layers", self.layers), ("--attentions", self.attentions)):
+            outside = [i for i in chosen if not 0 <= i < vit.layout.depth]
+            if outside:
+                raise InputError(
+                    f"{name}: there is no block {outside[0]}; the model has {vit.layout.depth} "
+                    f"blocks, 0 to {vit.layout.depth - 1}"
+                )
+        if self.attentions and not vit.layout.class_token:
+            raise InputError(
+                "--attentions: this model has no class token, so there is no CLS attention to give"
+            )
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export gave: the manifest as written, the verification, nodes added per layer."""
+
+    manifest: Manifest
+    verification: Verification
+    nodes_added: Mapping[int, int]
+
+
+def export_bundle(
+    loaded: LoadedModel,
+    vit: VisionTransformer,
+    neurons: Neurons,
+    batches: Callable[[], Iterable[NDArray[np.float32]]],
+    level: OutlierLevel,
+    out: Path,
+    options: ExportOptions,
+    *,
+    force: bool = False,
+    on_batch: Callable[[int], None] | None = None,
+) -> Exported:
+    """Traces, rewrites, writes, verifies; the bundle appears only if the verification passes.
+
+    Args:
+        loaded: the model and its preprocessing.
+        vit: its structure.
+        neurons: the register neurons; they must fit the model.
+        batches: yields preprocessed images to verify on, anew at each call.
+        level: from which norm on, and where, a patch counts as an outlier.
+        out: the folder to write.
+        options: what it holds.
+        force: whether an existing bundle may be replaced.
+        on_batch: called with each verified batch's size, for progress.
+
+    Raises:
+        RewriteError: the traced graph lacks a form that a rewrite needs.
+        GateError: the bundle is not equal to the PyTorch reference.
+    """
+    options.check_against(vit)
+    reference = PyTorchReference(vit, neurons, options.redirect)
+
+    def check(bundle: Bundle) -> Verification:
+        found = verify(bundle, batches(), reference, compare_probes=True, on_batch=on_batch)
+        found.gate()
+        return found
+
+    with whole_folder(out, marker=NAME, force=force) as folder:
+        manifest, added = _write(loaded, vit, neurons, level, folder, options)
+        if options.precision == "bf16":
+            # No CPU kernel runs bf16: the same rewrite is verified in float32.
+            with scratch_folder(folder) as twin:
+                exact = replace(options, precision="fp32")
+                fp32, _ = _write(loaded, vit, neurons, level, twin, exact)
+                verification = check(Bundle(twin, fp32))
+            manifest = replace(manifest, verified=False)
+        else:
+            verification = check(Bundle(folder, manifest))
+        (folder / VERIFY).write_text(_json(verification.to_json()), encoding="utf-8")
+        files = {**manifest.files, VERIFY: record(folder / VERIFY)}
+        manifest = replace(manifest, files=files)
+        (folder / NAME).write_text(_json(manifest.to_json()), encoding="utf-8")
+    return Exported(manifest, verification, added)
+
+
+def _write(
+    loaded: LoadedModel,
+    vit: VisionTransformer,
+    neurons: Neurons,
+    level: OutlierLevel,
+    folder: Path,
+    options: ExportOptions,
+) -> tuple[Manifest, Mapping[int, int]]:
+    """Writes graphs, weights and neurons; the manifest returned lists them but is not written."""
+    size = loaded.preprocessing.image_size
+    traced = trace(vit, size, options.precision)
+    patch = Patch(neurons, options.redirect)
+    outputs = Wanted(layers=options.layers, attentions=options.attentions)
+    probe = Wanted(probe=True)
+    plan = {"model": (patch, outputs)}
+    if options.baseline:
+        plan |= {"baseline": (None, outputs), "probe": (patch, probe)}
+        plan |= {"probe_baseline": (None, probe)}
+    model: Built | None = None
+    with WeightsFile(folder, WEIGHTS) as weights:
+        for name, (what, wanted) in plan.items():
+            built = build(traced, what, wanted)
+            weights.save(built.proto, FILES[name])
+            model = model or built
+    assert model is not None and model.sites is not None  # "model" comes first and is patched
+    (folder / NEURONS).write_text(_json(neurons.to_json()), encoding="utf-8")
+    names = [FILES[name] for name in plan] + [WEIGHTS, NEURONS]
+    files: dict[str, FileRecord] = {name: record(folder / name) for name in names}
+    manifest = Manifest(
+        model={
+            "source": loaded.source,
+            "architecture": loaded.architecture,
+            "weights_sha256": loaded.weights_sha256,
+        },
+        preprocessing=loaded.preprocessing,
+        tokens=replace(vit.layout, test_time_registers=options.redirect.registers),
+        redirect=options.redirect,
+        layers=neurons.layers,
+        detection_layer=level.layer,
+        threshold=level.threshold,
+        outputs=model.outputs,
+        precision=options.precision,
+        opset=traced.opset,
+        sites=model.sites,
+        graphs={name: FILES[name] for name in plan},
+        files=files,
+        versions=versions(),
+    )
+    return manifest, model.nodes_added
+
+
+def versions() -> dict[str, str]:
+    """Package -> version, of what shapes a bundle."""
+    found = {"regraft": __version__}
+    for name in ("torch", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _json(data: object) -> str:
+    return json.dumps(data, indent=1, allow_nan=False) + "\n"

@@ -1,0 +1,11 @@
+"""Finds the register neurons of a Vision Transformer.
+
+- ``parts.py``: the images, and their split by seed into score, select and report parts.
+- ``passes.py``: forward passes that keep only what finding needs, stopped as early as possible.
+- ``outliers.py``: which layer shows outlier tokens, and above which norm.
+- ``score.py``: how much each MLP unit contributes to them.
+- ``selection.py``: the fewest units whose redirect removes them.
+- ``report.py``: what that does on images used for neither, and the gate.
+- ``fingerprint.py``: numbers by which a down-projection is recognised in another file.
+- ``find.py``: all of that in order.
+"""

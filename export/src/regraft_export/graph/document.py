@@ -1,0 +1,125 @@
+"""Reading and writing graphs, unique names, and which nodes lie between two tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from regraft.errors import RewriteError
+
+
+def read(model: onnx.ModelProto) -> gs.Graph:
+    """A graph to rewrite; the proto is not changed. Nodes get names where they have none."""
+    graph = gs.import_onnx(model)
+    for i, node in enumerate(graph.nodes):
+        node.name = node.name or f"{node.op}_{i}"
+    return graph
+
+
+def write(graph: gs.Graph, *, shapes_changed: bool) -> onnx.ModelProto:
+    """The graph as a checked ONNX model without unused nodes.
+
+    Args:
+        graph: the rewritten graph.
+        shapes_changed: drop the recorded shapes of intermediate tensors, which no longer hold.
+    """
+    outputs = {id(t) for t in graph.outputs}
+    if shapes_changed:
+        for tensor in graph.tensors().values():
+            if isinstance(tensor, gs.Variable) and tensor.inputs and id(tensor) not in outputs:
+                tensor.shape = None
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    return gs.export_onnx(graph)
+
+
+class Names:
+    """Hands out names that no tensor or node of a graph has yet."""
+
+    def __init__(self, graph: gs.Graph) -> None:
+        self.taken = set(graph.tensors()) | {node.name for node in graph.nodes}
+
+    def new(self, stem: str) -> str:
+        """``stem``, or ``stem_2``, ``stem_3``, ... if it is taken."""
+        name, n = stem, 1
+        while name in self.taken:
+            n += 1
+            name = f"{stem}_{n}"
+        self.taken.add(name)
+        return name
+
+
+class Editor:
+    """Adds constants and nodes to a graph under unique names."""
+
+    def __init__(self, graph: gs.Graph) -> None:
+        self.graph = graph
+        self.names = Names(graph)
+        self.added: list[gs.Node] = []
+
+    def constant(self, stem: str, values: NDArray[np.generic]) -> gs.Constant:
+        """A new initializer."""
+        return gs.Constant(self.names.new(stem), np.ascontiguousarray(values))
+
+    def node(
+        self,
+        op: str,
+        stem: str,
+        inputs: Sequence[gs.Tensor],
+        attrs: dict[str, object] | None = None,
+        dtype: object = None,
+    ) -> gs.Variable:
+        """Appends a node; returns its one output."""
+        name = self.names.new(stem)
+        output = gs.Variable(self.names.new(f"{stem}.out"), dtype=dtype or inputs[0].dtype)
+        node = gs.Node(op, name, attrs or {}, list(inputs), [output])
+        self.graph.nodes.append(node)
+        self.added.append(node)
+        return output
+
+
+def tensor(graph: gs.Graph, name: str) -> gs.Variable:
+    """The variable of that name.
+
+    Raises:
+        RewriteError: there is none.
+    """
+    found = graph.tensors().get(name)
+    if not isinstance(found, gs.Variable):
+        raise RewriteError(f"the graph has no tensor {name!r}")
+    return found
+
+
+def consumers(value: gs.Tensor) -> list[gs.Node]:
+    """The nodes that read a tensor, each once."""
+    return list({id(node): node for node in value.outputs}.values())
+
+
+def replace_uses(
+    graph: gs.Graph, old: gs.Tensor, new: gs.Tensor, *, keep: Iterable[gs.Node] = ()
+) -> None:
+    """Lets every reader of ``old`` read ``new``, graph outputs included, but for ``keep``."""
+    kept = {id(node) for node in keep}
+    for node in consumers(old):
+        if id(node) not in kept:
+            node.inputs = [new if t is old else t for t in node.inputs]
+    graph.outputs = [new if t is old else t for t in graph.outputs]
+
+
+def ancestors(target: gs.Tensor, stop: Iterable[gs.Tensor] = ()) -> list[gs.Node]:
+    """The nodes that compute ``target``, not going behind the tensors in ``stop``."""
+    stopped = {id(t) for t in stop}
+    found: dict[int, gs.Node] = {}
+    pending = [target]
+    while pending:
+        current = pending.pop()
+        if id(current) in stopped:
+            continue
+        for node in current.inputs:
+            if id(node) not in found:
+                found[id(node)] = node
+                pending.extend(node.inputs)
+    return list(found.values())

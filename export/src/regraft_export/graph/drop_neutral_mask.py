@@ -1,0 +1,54 @@
+"""Rewrite: an attention mask that lets everything through is dropped.
+
+transformers writes one into every vision model it traces, with the token count baked in, and a
+guard against rows that are masked whole. Neither does anything, both cost time.
+
+1. ``scores + Where(all true, 0, -inf)`` becomes ``scores``.
+2. ``Where(IsNaN(p), 0, p)`` after that softmax becomes ``p``: without a mask no row is NaN unless
+   its input is, and then the NaN must show.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from regraft_export.graph.document import consumers, replace_uses
+
+
+def drop_neutral_mask(graph: gs.Graph) -> int:
+    """Drops the masks; returns how many attentions were freed of one."""
+    dropped = 0
+    for node in list(graph.nodes):
+        if node.op == "Where" and _all_true(node.inputs[0]) and _all_zero(node.inputs[1]):
+            for add in consumers(node.outputs[0]):
+                if add.op == "Add":
+                    scores = next(t for t in add.inputs if t is not node.outputs[0])
+                    replace_uses(graph, add.outputs[0], scores)
+                    _drop_guard(graph, scores)
+                    dropped += 1
+    return dropped
+
+
+def _drop_guard(graph: gs.Graph, scores: gs.Tensor) -> None:
+    for softmax in (n for n in consumers(scores) if n.op == "Softmax"):
+        p = softmax.outputs[0]
+        for where in (n for n in consumers(p) if n.op == "Where"):
+            condition, replacement, kept = where.inputs
+            is_nan = condition.inputs and condition.inputs[0].op == "IsNaN"
+            if kept is p and is_nan and condition.inputs[0].inputs[0] is p:
+                if _all_zero(replacement):
+                    replace_uses(graph, where.outputs[0], p)
+
+
+def _all_true(value: gs.Tensor) -> bool:
+    while isinstance(value, gs.Variable) and value.inputs:
+        if value.inputs[0].op not in ("Expand", "Identity", "Unsqueeze", "Reshape"):
+            return False
+        value = value.inputs[0].inputs[0]
+    is_mask = isinstance(value, gs.Constant) and np.dtype(value.dtype) == np.bool_
+    return bool(is_mask and value.values.all())
+
+
+def _all_zero(value: gs.Tensor) -> bool:
+    return isinstance(value, gs.Constant) and not np.asarray(value.values, np.float64).any()

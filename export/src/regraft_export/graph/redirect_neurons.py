@@ -1,0 +1,245 @@
+"""Rewrite: one down-projection's register neurons are redirected to the test-time registers.
+
+With h (B, T + R, hidden) the activation, W the weight, b the bias and N the register neurons,
+Algorithm 2 of arXiv 2506.08010 changes h in the columns N alone. So with h' the new columns,
+
+    y' = h @ (W, rows N zeroed) + b + h'_N @ W[N]
+
+and h itself is never rewritten. In the default form h'_N is zero but on the registers, which gives
+five nodes::
+
+    h -> Gather -> ReduceMax -> MatMul W[N] -> Mul onehot -> Add -> y'
+
+With ``value = constant`` the sum of b and the register's row is a constant: no node at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from regraft.errors import NeuronsError
+from regraft.neurons import RegisterNeuron
+from regraft.redirect import RedirectOptions
+from regraft.tokens import TokenLayout
+from regraft_export.graph.anchors import DownProjection
+from regraft_export.graph.document import Editor, replace_uses
+
+
+def redirect_neurons(
+    graph: gs.Graph,
+    down: DownProjection,
+    neurons: Sequence[RegisterNeuron],
+    options: RedirectOptions,
+    layout: TokenLayout,
+) -> int:
+    """Redirects the neurons of one layer.
+
+    Args:
+        graph: the graph, with the registers already appended; changed in place.
+        down: the layer's down-projection.
+        neurons: of this layer, at least one.
+        options: of the redirect.
+        layout: token counts, with ``test_time_registers`` as appended.
+
+    Returns:
+        How many nodes were added.
+    """
+    site = _Site(Editor(graph), down, list(neurons), options, layout)
+    stem = f"regraft.redirect.{neurons[0].layer}"
+    weight = down.weight.values.copy()
+    weight[site.indices] = 0
+    down.matmul.inputs[1] = site.editor.constant(f"{stem}.weight", weight)
+    if options.value == "constant" and site.only_registers:
+        _fold_into_bias(graph, site, stem)
+    else:
+        _add(graph, site, stem, _delta(site, stem))
+    return len(site.editor.added)
+
+
+@dataclass(frozen=True)
+class _Site:
+    editor: Editor
+    down: DownProjection
+    neurons: list[RegisterNeuron]
+    options: RedirectOptions
+    layout: TokenLayout
+
+    @property
+    def indices(self) -> list[int]:
+        return [n.index for n in self.neurons]
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        return np.dtype(self.down.weight.dtype)
+
+    @property
+    def only_registers(self) -> bool:
+        """Whether the neurons are zero on every token but the registers."""
+        cls_kept = self.options.cls == "keep" and self.layout.class_token
+        return not cls_kept and self.options.patches == "zero"
+
+    @property
+    def rows(self) -> NDArray[np.generic]:
+        """W[N], (k, D)."""
+        return np.asarray(self.down.weight.values[self.indices])
+
+    @property
+    def signs(self) -> NDArray[np.generic]:
+        return np.array([n.sign for n in self.neurons], dtype=self.dtype)
+
+    def per_token(self, cls: float, patches: float, registers: Sequence[float]) -> gs.Constant:
+        """A column (1, T + R, 1) with one number per kind of token."""
+        column = np.zeros((1, self.layout.count + len(registers), 1), dtype=self.dtype)
+        if self.layout.class_token:
+            column[0, 0] = cls
+        column[0, self.layout.prefix : self.layout.count] = patches
+        column[0, self.layout.count :, 0] = registers
+        return self.editor.constant("regraft.per_token", column)
+
+    def on_registers(self) -> gs.Constant:
+        return self.per_token(0, 0, self.options.scale)
+
+    def axes(self, *axes: int) -> gs.Constant:
+        return self.editor.constant("regraft.axes", np.array(axes, dtype=np.int64))
+
+
+def _constant_values(site: _Site) -> NDArray[np.generic]:
+    """The recorded values, (k,)."""
+    for n in site.neurons:
+        if n.value is None:
+            raise NeuronsError(
+                f"value = constant needs the `value` of every neuron; (layer {n.layer}, index "
+                f"{n.index}) has none (written by hand?): run `regraft find`, or use "
+                "value = per-neuron"
+            )
+    return np.array([n.value for n in site.neurons], dtype=site.dtype)
+
+
+def _fold_into_bias(graph: gs.Graph, site: _Site, stem: str) -> None:
+    """b (D,) becomes (T + R, D): the register's row carries value @ W[N]."""
+    down, layout = site.down, site.layout
+    written = _constant_values(site).astype(np.float64) @ site.rows.astype(np.float64)
+    width = down.weight.shape[1]
+    bias = np.zeros((layout.count + site.options.registers, width), dtype=np.float64)
+    bias[layout.count :] = np.outer(site.options.scale, written)
+    if down.bias is not None:
+        bias += down.bias.values.astype(np.float64)
+    constant = site.editor.constant(f"{stem}.bias", bias.astype(site.dtype))
+    if down.bias_add is not None:
+        inputs = down.bias_add.inputs
+        down.bias_add.inputs = [constant if t is down.bias else t for t in inputs]
+    else:
+        _add(graph, site, stem, constant)
+
+
+def _add(graph: gs.Graph, site: _Site, stem: str, delta: gs.Tensor) -> None:
+    y = site.down.output
+    total = site.editor.node("Add", f"{stem}.add", [y, delta])
+    replace_uses(graph, y, total, keep=site.editor.added)
+
+
+def _delta(site: _Site, stem: str) -> gs.Variable:
+    """h'_N @ W[N], (B, T + R, D) or broadcastable to it."""
+    ed, options = site.editor, site.options
+    needs_columns = options.value != "constant" or not site.only_registers
+    indices = np.array(site.indices, dtype=np.int64)
+    columns = ed.node(
+        "Gather",
+        f"{stem}.columns",
+        [site.down.activation, ed.constant(f"{stem}.indices", indices)],
+        {"axis": 2},
+    )
+    assert needs_columns  # the constant value on registers alone was folded into the bias
+    value, rows = _value(site, stem, columns)
+    if site.only_registers:
+        op = "MatMul" if options.value != "per-layer" else "Mul"
+        weight = rows if options.value != "per-layer" else rows.sum(axis=0, dtype=np.float64)
+        factor = ed.constant(f"{stem}.rows", weight.astype(site.dtype))
+        written = ed.node(op, f"{stem}.write", [value, factor])
+        return ed.node("Mul", f"{stem}.place", [written, site.on_registers()])
+    kept = _kept(site, stem, columns)
+    placed = ed.node("Mul", f"{stem}.place", [_signed(site, stem, value), site.on_registers()])
+    new = ed.node("Add", f"{stem}.new", [kept, placed])
+    return ed.node("MatMul", f"{stem}.write", [new, ed.constant(f"{stem}.rows", site.rows)])
+
+
+def _value(
+    site: _Site, stem: str, columns: gs.Variable
+) -> tuple[gs.Tensor, NDArray[np.generic]]:
+    """What a register receives, (B, 1, k) or (B, 1, 1), and the rows of W that go with it.
+
+    A negative sign turns the maximum into a minimum: columns and rows are multiplied by the sign.
+    """
+    ed = site.editor
+    if site.options.value == "constant":
+        return ed.constant(f"{stem}.value", _constant_values(site)[None, None, :]), site.rows
+    if site.options.value == "per-layer":
+        return _strongest(site, stem, columns), site.rows
+    rows = site.rows
+    if (site.signs < 0).any():
+        columns = ed.node("Mul", f"{stem}.sign", [columns, ed.constant(f"{stem}.signs", site.signs)])
+        rows = rows * site.signs[:, None]
+    top = ed.node("ReduceMax", f"{stem}.max", [columns, site.axes(1)], {"keepdims": 1})
+    return top, rows
+
+
+def _signed(site: _Site, stem: str, value: gs.Tensor) -> gs.Tensor:
+    """The value with its own sign again, for rows of W that are not flipped."""
+    if site.options.value != "per-neuron" or not (site.signs < 0).any():
+        return value
+    return site.editor.node(
+        "Mul", f"{stem}.unsign", [value, site.editor.constant(f"{stem}.signs", site.signs)]
+    )
+
+
+def _strongest(site: _Site, stem: str, columns: gs.Variable) -> gs.Variable:
+    """The element of largest magnitude over neurons and tokens, with its sign: (B, 1, 1)."""
+    ed = site.editor
+    high = ed.node("ReduceMax", f"{stem}.max", [columns, site.axes(1, 2)], {"keepdims": 1})
+    low = ed.node("ReduceMin", f"{stem}.min", [columns, site.axes(1, 2)], {"keepdims": 1})
+    flipped = ed.node("Neg", f"{stem}.flip", [low])
+    above = ed.node("GreaterOrEqual", f"{stem}.above", [high, flipped], dtype=np.bool_)
+    return ed.node("Where", f"{stem}.strongest", [above, high, low], dtype=site.dtype)
+
+
+def _kept(site: _Site, stem: str, columns: gs.Variable) -> gs.Variable:
+    """What CLS and the patches keep of the neurons, zero elsewhere: (B, T + R, k)."""
+    ed, options, layout = site.editor, site.options, site.layout
+    registers = [0.0] * options.registers
+    cls = 1.0 if options.cls == "keep" else 0.0
+    patches = 1.0 if options.patches == "keep" else 0.0
+    mask = site.per_token(cls, patches, registers)
+    kept = ed.node("Mul", f"{stem}.kept", [columns, mask])
+    if options.patches in ("zero", "keep"):
+        return kept
+    bounds = [np.array([n], dtype=np.int64) for n in (layout.prefix, layout.count, 1)]
+    start, end, axis = (ed.constant(f"{stem}.bound", b) for b in bounds)
+    inner = ed.node("Slice", f"{stem}.patches", [columns, start, end, axis])
+    mean = ed.node("ReduceMean", f"{stem}.mean", [inner, site.axes(1)], {"keepdims": 1})
+    if options.patches == "mean":
+        spread = ed.node("Mul", f"{stem}.spread", [mean, site.per_token(0, 1, registers)])
+    else:
+        spread = _outliers_replaced(site, stem, inner, mean)
+    return ed.node("Add", f"{stem}.keep", [kept, spread])
+
+
+def _outliers_replaced(
+    site: _Site, stem: str, inner: gs.Variable, mean: gs.Variable
+) -> gs.Variable:
+    """Patches above mean + 1 standard deviation become the mean; back at their places."""
+    ed, layout = site.editor, site.layout
+    off = ed.node("Sub", f"{stem}.off", [inner, mean])
+    square = ed.node("Mul", f"{stem}.square", [off, off])
+    variance = ed.node("ReduceMean", f"{stem}.variance", [square, site.axes(1)], {"keepdims": 1})
+    deviation = ed.node("Sqrt", f"{stem}.deviation", [variance])
+    signs = ed.constant(f"{stem}.signs", site.signs)
+    signed = ed.node("Mul", f"{stem}.signed_off", [off, signs])
+    above = ed.node("Greater", f"{stem}.above_mean", [signed, deviation], dtype=np.bool_)
+    replaced = ed.node("Where", f"{stem}.replaced", [above, mean, inner], dtype=site.dtype)
+    pads = np.array([0, layout.prefix, 0, 0, site.options.registers, 0], dtype=np.int64)
+    return ed.node("Pad", f"{stem}.back", [replaced, ed.constant(f"{stem}.pads", pads)])

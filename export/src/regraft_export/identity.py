@@ -1,0 +1,53 @@
+"""Whether a neurons file belongs to a model, at an image size."""
+
+from __future__ import annotations
+
+from regraft.errors import NeuronsError
+from regraft.neurons import Neurons
+from regraft_export.sources import LoadedModel
+from regraft_export.vit.structure import VisionTransformer
+
+
+def check_identity(
+    neurons: Neurons, loaded: LoadedModel, vit: VisionTransformer, force: bool
+) -> list[str]:
+    """Refuses neurons of another model or image size.
+
+    Args:
+        neurons: what is to be redirected.
+        loaded: the model.
+        vit: its structure.
+        force: turns a refusal into a warning; neurons outside the model are refused all the same.
+
+    Returns:
+        Warnings, one line each: what was forced, or that a hand-made list cannot be checked.
+
+    Raises:
+        NeuronsError: they do not fit, or belong elsewhere and ``force`` is not given.
+    """
+    hidden = {i: block.down.in_features for i, block in enumerate(vit.blocks)}
+    neurons.check_against(vit.layout.depth, hidden)
+    about = neurons.about
+    if "weights_sha256" not in about:
+        return [
+            "the neurons file says nothing of its model (made by hand?), so it cannot be checked "
+            "that the neurons belong to these weights"
+        ]
+    objections = []
+    if about["weights_sha256"] != loaded.weights_sha256:
+        objections.append(
+            f"the neurons were found in {about.get('model', 'another model')} with weights "
+            f"{about['weights_sha256'][:12]}..., this model is {loaded.source} with weights "
+            f"{loaded.weights_sha256[:12]}..."
+        )
+    size = list(loaded.preprocessing.image_size)
+    if about.get("image_size", size) != size:
+        objections.append(
+            f"the neurons were found at image size {about['image_size']}, this export has {size}; "
+            "neuron sets depend on the resolution"
+        )
+    if objections and not force:
+        raise NeuronsError(
+            "; ".join(objections) + "; run `regraft find` for this model and size, or give --force"
+        )
+    return [f"{line} (forced)" for line in objections]

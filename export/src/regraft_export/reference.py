@@ -1,0 +1,104 @@
+"""PyTorch with hooks as the reference of a verification, float32, each image by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from regraft.bundle import Bundle
+from regraft.errors import InputError
+from regraft.neurons import Neurons
+from regraft.redirect import RedirectOptions
+from regraft_export.sources import PreprocessingOverrides, load
+from regraft_export.vit.hooks import redirected
+from regraft_export.vit.observe import Observation, observe
+from regraft_export.vit.structure import VisionTransformer, from_module
+
+
+class PyTorchReference:
+    """Yields what the graphs of a bundle must yield.
+
+    Args:
+        vit: the model, float32.
+        neurons: the register neurons.
+        options: of the redirect.
+    """
+
+    name = "PyTorch with hooks, float32"
+
+    def __init__(self, vit: VisionTransformer, neurons: Neurons, options: RedirectOptions) -> None:
+        self.vit, self.neurons, self.options = vit, neurons, options
+
+    def run(
+        self, graph: str, pixels: NDArray[np.float32], outputs: Sequence[str]
+    ) -> Mapping[str, NDArray[np.float32]]:
+        """The named outputs of ``model``, ``baseline``, ``probe`` or ``probe_baseline``."""
+        patched = graph in ("model", "probe")
+        hooks = redirected(self.vit, self.neurons, self.options) if patched else nullcontext()
+        with torch.no_grad(), hooks:
+            seen = observe(
+                self.vit,
+                torch.from_numpy(pixels).to(self.vit.device),
+                layers=_layers(outputs, ("hidden", "norms")),
+                attentions=_layers(outputs, ("attentions",)),
+            )
+        probe = graph.startswith("probe")
+        return {name: self._output(seen, name, probe).cpu().numpy() for name in outputs}
+
+    def _output(self, seen: Observation, name: str, probe: bool) -> Tensor:
+        layout = self.vit.layout
+        kind, _, layer = name.partition(".")
+        if kind == "hidden":
+            return seen.hidden[int(layer)][:, : layout.count]
+        if kind == "norms":
+            return seen.hidden[int(layer)].norm(dim=-1)
+        if kind == "attentions":
+            attention = seen.attention[int(layer)]
+            if probe:
+                return attention
+            return attention[:, :, layout.prefix : layout.count].unflatten(2, layout.grid)
+        if kind == "test_time_registers":
+            return seen.registers
+        if kind == "pooler_output":
+            assert seen.pooled is not None  # the graph has this output because the model has it
+            return seen.pooled
+        return seen.last_hidden_state
+
+
+def _layers(outputs: Sequence[str], kinds: tuple[str, ...]) -> set[int]:
+    named = (name.partition(".") for name in outputs)
+    return {int(layer) for kind, _, layer in named if kind in kinds}
+
+
+@contextmanager
+def open_reference(bundle: Bundle, model: str, weights: Path | None) -> Iterator[PyTorchReference]:
+    """The reference of ``regraft verify BUNDLE --model MODEL``.
+
+    Raises:
+        ModelError: MODEL cannot be loaded.
+        InputError: it is another model than the bundle's.
+    """
+    loaded = load(model, weights=weights, overrides=_as_in(bundle))
+    made_from = bundle.manifest.model
+    if loaded.weights_sha256 != made_from["weights_sha256"]:
+        raise InputError(
+            f"{model} has weights {loaded.weights_sha256[:12]}..., the bundle was made from "
+            f"{made_from['source']} with weights {made_from['weights_sha256'][:12]}...; "
+            "give the model the bundle was made from"
+        )
+    vit = from_module(loaded.module, bundle.manifest.image_size)
+    yield PyTorchReference(vit, bundle.neurons(), bundle.manifest.redirect)
+
+
+def _as_in(bundle: Bundle) -> PreprocessingOverrides:
+    # The bundle's own preprocessing is what runs; the model only needs the same image size.
+    preprocessing = bundle.manifest.preprocessing
+    return PreprocessingOverrides(
+        image_size=preprocessing.image_size, mean=preprocessing.mean, std=preprocessing.std
+    )

@@ -1,0 +1,133 @@
+"""One forward pass with block outputs, registers, neuron activations and CLS attention recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from regraft_export.vit.structure import VisionTransformer, first_tensor, pooled_of
+
+
+@dataclass
+class Observation:
+    """What one forward pass produced.
+
+    Attributes:
+        last_hidden_state: (B, P + patches, D), without test-time registers.
+        pooled: what the model's own forward returns for an image, (B, E), or None.
+        registers: (B, R, D), the test-time registers at the same stage; R = 0 without a redirect.
+        hidden: {layer: (B, P + patches + R, D)}, raw block outputs.
+        attention: {layer: (B, heads, P + patches + R)}, the attention of CLS to every token; in a
+            model without a class token the mean attention of the patches.
+    """
+
+    last_hidden_state: Tensor
+    pooled: Tensor | None
+    registers: Tensor
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, Tensor] = field(default_factory=dict)
+
+
+def observe(
+    vit: VisionTransformer,
+    pixels: Tensor,
+    *,
+    layers: Collection[int] = (),
+    attentions: Collection[int] = (),
+) -> Observation:
+    """Runs the model, with whatever hooks are active, and records what it produced.
+
+    Args:
+        vit: the model.
+        pixels: (B, 3, H, W), preprocessed.
+        layers: whose raw block outputs to record.
+        attentions: of which blocks to record attention.
+    """
+    hidden: dict[int, Tensor] = {}
+    final: list[Tensor] = []
+    attention: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for layer in layers:
+            block = vit.blocks[layer].module
+            # Prepended: the hook that removes the registers may sit on the same module.
+            stack.callback(
+                block.register_forward_hook(_keep(hidden, layer), prepend=True).remove
+            )
+        stack.callback(
+            vit.final.register_forward_hook(
+                lambda m, a, out: final.append(first_tensor(out)), prepend=True
+            ).remove
+        )
+        if attentions:
+            stack.enter_context(_Attention(vit, attentions, attention))
+        output = vit.module(pixels)
+    tokens = final[0]
+    count = vit.layout.count
+    return Observation(
+        last_hidden_state=tokens[:, :count],
+        pooled=pooled_of(output),
+        registers=tokens[:, count:],
+        hidden=hidden,
+        attention=attention,
+    )
+
+
+def _keep(
+    store: dict[int, Tensor], layer: int
+) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        store[layer] = first_tensor(output)
+
+    return hook
+
+
+class _Attention(TorchFunctionMode):
+    """Recomputes attention beside each fused call, which does not return it."""
+
+    def __init__(
+        self, vit: VisionTransformer, layers: Collection[int], store: dict[int, Tensor]
+    ) -> None:
+        super().__init__()
+        self.vit, self.layers, self.store = vit, set(layers), store
+        layout = vit.layout
+        # Without a class token the patches together take its part.
+        self.queries = slice(0, 1) if layout.class_token else slice(layout.prefix, layout.count)
+        self.current: int | None = None
+        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> _Attention:
+        for layer in self.layers:
+            block = self.vit.blocks[layer].module
+
+            def start(m: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
+                self.current = layer
+
+            def stop(m: nn.Module, args: Any, out: Any) -> None:
+                self.current = None
+
+            self.handles.append(block.register_forward_pre_hook(start, with_kwargs=True))
+            self.handles.append(block.register_forward_hook(stop))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for handle in self.handles:
+            handle.remove()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention and self.current is not None:
+            query, key = args[0], args[1]
+            scale = kwargs.get("scale") or query.shape[-1] ** -0.5
+            scores = (query[:, :, self.queries] * scale) @ key.transpose(-2, -1)
+            self.store[self.current] = scores.float().softmax(dim=-1).mean(dim=2)
+        return func(*args, **kwargs)

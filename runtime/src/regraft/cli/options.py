@@ -1,0 +1,62 @@
+"""Arguments that several commands share, so that they are spelled and checked alike."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--engine`` and ``--threads``."""
+    from regraft.engines import AUTO, NAMES
+
+    parser.add_argument(
+        "--engine",
+        choices=NAMES,
+        default=AUTO,
+        help="what executes the graph; auto takes the fastest that can run here (default: auto)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=at_least(1),
+        metavar="N",
+        help="threads inside one run of the engine (default: the cores that may be used)",
+    )
+
+
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--force``."""
+    parser.add_argument("--force", action="store_true", help="replace the output if it exists")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argument type: an integer from ``least``."""
+
+    def integer(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {least}")
+        return number
+
+    return integer
+
+
+def words(text: str) -> tuple[str, ...]:
+    """An argument type: words separated by commas."""
+    found = tuple(word.strip() for word in text.split(",") if word.strip())
+    if not found:
+        raise argparse.ArgumentTypeError("it is empty; expected words separated by commas")
+    return found
+
+
+def integers(least: int) -> Callable[[str], tuple[int, ...]]:
+    """An argument type: integers from ``least``, separated by commas."""
+    one = at_least(least)
+
+    def several(text: str) -> tuple[int, ...]:
+        return tuple(one(word) for word in words(text))
+
+    return several

@@ -1,0 +1,243 @@
+"""Times a bundle's patched graph against its baseline, interleaved in one run.
+
+Both run on the same engine and give the same outputs; the order changes every round. The ratio is
+the median over rounds with its 95 % interval. What is timed is checked: finite, and equal to what
+`regraft extract` gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from regraft import __version__
+from regraft.bundle import Bundle
+from regraft.cli.options import add_engine, at_least, integers
+from regraft.engines import Engine, EngineOptions, open_engine
+from regraft.errors import GateError
+from regraft.extractor import Extractor
+from regraft.features import Features
+from regraft.images import decode, list_images
+from regraft.preprocessing import Preprocessing
+from regraft.timing import Ratio, race
+
+_TOLERANCE = 1e-5  # relative to the largest value; the same graph on the same pixels
+_SMOOTH = 12  # cells per side of the random pictures' colour fields
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder that `regraft export` wrote")
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        metavar="IMAGE_OR_DIR",
+        help="pictures to run on (default: random ones, smooth with some noise)",
+    )
+    parser.add_argument(
+        "--batch-sizes",
+        type=integers(1),
+        default=(1, 8),
+        metavar="N,N",
+        help="images per run (default: 1,8)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="time for each batch size (default: 5)"
+    )
+    parser.add_argument(
+        "--rounds", type=at_least(2), default=10, metavar="N", help="at least so many (default: 10)"
+    )
+    add_engine(parser)
+    parser.add_argument("--json", action="store_true", help="print the figures for machines")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of one batch size; times in milliseconds per run."""
+
+    batch: int
+    rounds: int
+    baseline_ms: float
+    baseline_p99_ms: float
+    patched_ms: float
+    patched_p99_ms: float
+    ratio: Ratio
+    baseline_images_per_second: float
+    patched_images_per_second: float
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, and prints a table."""
+    bundle = Bundle.open(args.bundle)
+    graphs = {"baseline": bundle.graph("baseline"), "patched": bundle.graph("model")}
+    options = EngineOptions(threads=args.threads)
+    precision = bundle.manifest.precision
+    with (
+        open_engine(
+            graphs["baseline"], args.engine, precision=precision, options=options
+        ) as baseline,
+        open_engine(
+            graphs["patched"], args.engine, precision=precision, options=options
+        ) as patched,
+    ):
+        pictures = _pictures(bundle.manifest.preprocessing, args.images, max(args.batch_sizes))
+        rows = [
+            measure(bundle, baseline, patched, pictures[:batch], args.seconds, args.rounds)
+            for batch in args.batch_sizes
+        ]
+        about = _about(bundle, patched, args)
+    if args.json:
+        print(json.dumps({**about, "batches": [asdict(row) for row in rows]}, indent=2))
+    else:
+        print("\n".join(_table(about, rows)))
+    return 0
+
+
+def measure(
+    bundle: Bundle,
+    baseline: Engine,
+    patched: Engine,
+    pixels: NDArray[np.float32],
+    seconds: float,
+    rounds: int,
+) -> Row:
+    """Times one batch on both engines and checks what they return.
+
+    Args:
+        bundle: where both graphs come from.
+        baseline: opened on the graph ``baseline``.
+        patched: opened on the graph ``model``.
+        pixels: preprocessed images, float32 (B, 3, H, W).
+        seconds: how long to measure.
+        rounds: how many rounds at least.
+
+    Raises:
+        GateError: a timed run returned something else than the extractor.
+    """
+    # Both give what the baseline has, so that the register's own output is not counted against it.
+    names = list(baseline.outputs)
+    expected = {
+        "baseline": _features(bundle, baseline.run(pixels, names)),
+        "patched": Extractor(bundle, patched).run(pixels).arrays(),
+    }
+
+    def check(name: str, outputs: Any) -> None:
+        _expect_equal(name, _features(bundle, outputs), expected[name])
+
+    times = race(
+        {
+            "baseline": lambda: baseline.run(pixels, names),
+            "patched": lambda: patched.run(pixels, names),
+        },
+        seconds=seconds,
+        rounds=rounds,
+        check=check,
+    )
+    before, after = times["baseline"], times["patched"]
+    return Row(
+        batch=len(pixels),
+        rounds=len(before.seconds),
+        baseline_ms=before.median * 1e3,
+        baseline_p99_ms=before.p99 * 1e3,
+        patched_ms=after.median * 1e3,
+        patched_p99_ms=after.p99 * 1e3,
+        ratio=Ratio.of(after, before),
+        baseline_images_per_second=len(pixels) / before.median,
+        patched_images_per_second=len(pixels) / after.median,
+    )
+
+
+def _features(bundle: Bundle, outputs: Any) -> dict[str, NDArray[np.float32]]:
+    count = len(next(iter(outputs.values())))
+    return Features.from_outputs(outputs, bundle.manifest.tokens, range(count)).arrays()
+
+
+def _expect_equal(
+    graph: str,
+    got: dict[str, NDArray[np.float32]],
+    expected: dict[str, NDArray[np.float32]],
+) -> None:
+    if not got:
+        raise GateError(f"bench: {graph} returned nothing to compare")
+    for name, array in got.items():
+        want = expected[name]
+        if not np.isfinite(array).all():
+            raise GateError(f"bench: {name} of {graph} holds NaN or Inf; its time means nothing")
+        worst = float(np.abs(array - want).max(initial=0.0))
+        limit = _TOLERANCE * float(np.abs(want).max(initial=0.0))
+        if worst > limit:
+            raise GateError(
+                f"bench: {name} of {graph} differs from what the extractor gives by {worst:.3g}; "
+                f"expected at most {limit:.3g}; its time means nothing"
+            )
+
+
+def _pictures(
+    preprocessing: Preprocessing, paths: Sequence[str] | None, count: int
+) -> NDArray[np.float32]:
+    """``count`` preprocessed images, (count, 3, H, W); given ones are repeated if too few."""
+    if paths is None:
+        images: list[Any] = [
+            _random_picture(preprocessing.image_size, seed) for seed in range(count)
+        ]
+    else:
+        files: list[Path] = list_images(paths)
+        images = [decode(file) for file in files[:count]]
+    return np.stack([preprocessing(images[i % len(images)]) for i in range(count)])
+
+
+def _random_picture(size: tuple[int, int], seed: int) -> Image.Image:
+    """Smooth colour fields with some noise: values and correlations like a photograph's."""
+    rng = np.random.default_rng(seed)
+    height, width = size
+    cells = rng.integers(0, 256, (_SMOOTH, _SMOOTH, 3), np.uint8)
+    smooth = Image.fromarray(cells).resize((width, height), Image.Resampling.BICUBIC)
+    noisy = np.asarray(smooth, np.float32) + rng.normal(0, 8, (height, width, 3))
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def _about(bundle: Bundle, engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "bundle": str(bundle.path),
+        "model": bundle.manifest.model.get("source", "unknown"),
+        "engine": engine.name,
+        "engine_details": engine.details(),
+        "precision": bundle.manifest.precision,
+        "image_size": list(bundle.manifest.image_size),
+        "images": "random" if args.images is None else list(args.images),
+        "versions": {"regraft": __version__, "python": platform.python_version()},
+        "processor": _processor(),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _table(about: dict[str, Any], rows: Sequence[Row]) -> Iterator[str]:
+    height, width = about["image_size"]
+    details = ", ".join(f"{name} {value}" for name, value in about["engine_details"].items())
+    yield f"{about['model']}, {about['precision']}, {height} x {width} pixels"
+    yield f"{about['engine']} ({details}) on {about['processor']}"
+    yield "batch  baseline ms (p99)    patched ms (p99)     ratio (95 %)            images/s  rounds"
+    for row in rows:
+        base = f"{row.baseline_ms:.2f} ({row.baseline_p99_ms:.2f})"
+        patched = f"{row.patched_ms:.2f} ({row.patched_p99_ms:.2f})"
+        ratio = f"{row.ratio.median:.3f} ({row.ratio.low:.3f} to {row.ratio.high:.3f})"
+        rate = f"{row.patched_images_per_second:.1f}"
+        yield f"{row.batch:<7}{base:<21}{patched:<21}{ratio:<24}{rate:<10}{row.rounds}"

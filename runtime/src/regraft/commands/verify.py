@@ -1,0 +1,127 @@
+"""Verifies a bundle on images: parity of an engine, and what the patch does to the features.
+
+Without --model the reference is the graph that export verified, run by ort-cpu with its optimiser
+off. With --model (needs regraft-export) it is PyTorch with hooks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from regraft.bundle import Bundle
+from regraft.cli.options import add_engine, at_least
+from regraft.engines import EngineOptions
+from regraft.errors import InputError
+from regraft.images import list_images
+from regraft.pipeline import Failure, batches
+from regraft.progress import Progress
+from regraft.verification import Reference, UnoptimisedGraph, Verification, verify
+
+REFERENCES = "regraft.references"  # entry points: how a MODEL becomes a Reference
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder that `regraft export` wrote")
+    parser.add_argument("--images", required=True, nargs="+", metavar="DIR", help="any images")
+    parser.add_argument(
+        "--model", metavar="MODEL", help="compare with PyTorch and hooks (needs regraft-export)"
+    )
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="weights for --model")
+    add_engine(parser)
+    parser.add_argument("--batch-size", type=at_least(1), default=8, metavar="N")
+    parser.add_argument("--max-images", type=at_least(1), metavar="N", help="take only the first N")
+    parser.add_argument(
+        "--strict", action="store_true", help="exit with 1 if an image cannot be read"
+    )
+    parser.add_argument("--json", action="store_true", help="print the findings for machines")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Verifies, prints the findings, and fails if a limit is missed."""
+    bundle = Bundle.open(args.bundle)
+    paths = list_images(args.images)[: args.max_images]
+    failures: list[Failure] = []
+    with ExitStack() as stack:
+        reference = stack.enter_context(_reference(bundle, args))
+        progress = stack.enter_context(Progress(len(paths), "images", "verifying"))
+
+        def skip(failure: Failure) -> None:
+            failures.append(failure)
+            progress.note(f"regraft: {failure.message}")
+            progress.advance()
+
+        prepared = batches(paths, bundle.manifest.preprocessing, args.batch_size, on_error=skip)
+        found = verify(
+            bundle,
+            (batch.pixels for batch in prepared),
+            reference,
+            args.engine,
+            EngineOptions(args.threads),
+            on_batch=progress.advance,
+        )
+    if not found.images:
+        raise InputError(f"none of the {len(paths)} images could be read (named above)")
+    print(json.dumps(found.to_json(), allow_nan=False) if args.json else "\n".join(lines(found)))
+    sys.stdout.flush()
+    found.gate()
+    if failures and args.strict:
+        raise InputError(f"{len(failures)} of {len(paths)} images could not be read (named above)")
+    return 0
+
+
+def _reference(bundle: Bundle, args: argparse.Namespace) -> Any:
+    if args.model is None:
+        if args.weights is not None:
+            raise InputError("--weights is given without --model; give both or neither")
+        return UnoptimisedGraph(bundle, args.threads)
+    found = entry_points(group=REFERENCES, name="pytorch")
+    if not found:
+        raise InputError("--model needs the export distribution; pip install regraft-export")
+    reference: Reference = next(iter(found)).load()(bundle, args.model, args.weights)
+    return reference
+
+
+def lines(found: Verification) -> Iterator[str]:
+    """A verification in words, a table and a few sentences."""
+    verdict = "passed" if found.passed else "FAILED"
+    yield (
+        f"parity of {found.engine} ({found.precision}) with {found.reference}, "
+        f"{found.images} images: {verdict}"
+    )
+    yield f"  {'graph':<16}{'output':<22}{'relative error':>15}{'token cosine':>14}{'image':>10}"
+    for c in found.parity:
+        if c.graph in ("model", "baseline") or not c.passed:
+            tokens = "" if c.token_cosine is None else f"{c.token_cosine:.6f}"
+            image = "" if c.image_cosine is None else f"{c.image_cosine:.6f}"
+            mark = "" if c.passed else "  FAILED"
+            yield (
+                f"  {c.graph:<16}{c.output:<22}{c.relative_error:>15.1e}{tokens:>14}{image:>10}{mark}"
+            )
+    probes = [c for c in found.parity if c.graph.startswith("probe")]
+    if probes:
+        worst = max(c.relative_error for c in probes)
+        yield f"  probes: {len(probes)} outputs compared, largest relative error {worst:.1e}"
+    effect = found.effect
+    if effect is None:
+        yield "effect: not measured, the bundle has no probes (exported with --no-baseline)"
+        return
+    yield (
+        f"effect at layer {effect.detection_layer}: outlier tokens (norm above "
+        f"{effect.threshold:.4g}) {effect.before.outliers} -> {effect.after.outliers} of "
+        f"{effect.patches}; largest patch norm {effect.before.largest:.4g} -> "
+        f"{effect.after.largest:.4g}, median {effect.before.median:.4g} -> {effect.after.median:.4g}"
+    )
+    share = effect.register_attention[effect.detection_layer]
+    yield (
+        f"  register: norm {effect.register_norm:.4g}, {share:.1%} of the attention there; "
+        f"cosine of {effect.cosine_of} to the baseline: median {effect.cosine_median:.4f}, "
+        f"smallest {effect.cosine_smallest:.4f}"
+    )

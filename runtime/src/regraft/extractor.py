@@ -1,0 +1,255 @@
+"""Features from images: preprocessing in worker threads, the engine, and what comes out of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from regraft import pipeline
+from regraft.bundle import Bundle
+from regraft.engines import AUTO, Engine, EngineOptions, open_engine
+from regraft.errors import BundleError, EngineError, InputError
+from regraft.features import Features, Floats, available_fields, choose_outputs
+from regraft.images import ImageSource, name_of
+from regraft.pipeline import Batch, Failure
+
+BATCH_SIZE = 8
+
+
+class Extractor:
+    """Turns images into features. A context manager; closing it frees the engine.
+
+    ::
+
+        with Extractor.open("bundle") as extractor:
+            features = extractor.extract(["cat.jpg", "dog.jpg"])
+
+    Threads may share one extractor: decoding and preprocessing run side by side, runs of the engine
+    one after the other (a lock per engine), and each call gets its own results.
+
+    Attributes:
+        bundle: what it serves.
+        engine: name of the engine in use, which with ``auto`` was chosen at opening.
+        fields: the fields of :class:`Features` that it fills.
+        batch_size: images per run of the engine.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        *,
+        batch_size: int | None = None,
+        workers: int | None = None,
+        draft: bool = False,
+        outputs: Iterable[str] | None = None,
+    ) -> None:
+        """Joins a bundle and an opened engine, which it then owns; see :meth:`open`."""
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; expected at least 1")
+        layout = bundle.manifest.tokens
+        if missing := set(bundle.manifest.outputs) - set(engine.outputs):
+            raise BundleError(
+                f"{bundle.path}: {engine.graph.name} lacks the outputs "
+                f"{', '.join(sorted(missing))} that the manifest names; export again"
+            )
+        available = available_fields(bundle.manifest.outputs, layout)
+        self.bundle = bundle
+        self.engine = engine.name
+        self.fields = available if outputs is None else tuple(dict.fromkeys(outputs))
+        self.batch_size = batch_size or BATCH_SIZE
+        self._names = choose_outputs(self.fields, bundle.manifest.outputs, layout)
+        self._engine = engine
+        self._workers = workers
+        self._draft = draft
+
+    @classmethod
+    def open(
+        cls,
+        bundle: Bundle | str | Path,
+        engine: str | Engine = AUTO,
+        *,
+        threads: int | None = None,
+        batch_size: int | None = None,
+        workers: int | None = None,
+        draft: bool = False,
+        outputs: Iterable[str] | None = None,
+    ) -> Self:
+        """Opens a bundle with an engine.
+
+        Args:
+            bundle: the folder that ``regraft export`` wrote, or one opened before.
+            engine: a name (``auto``, ``ort-cpu``), or an engine opened on the bundle's ``model``.
+            threads: threads inside one run of the engine; None for the cores that may be used.
+            batch_size: images per run; None for 8.
+            workers: threads that decode and preprocess; None for a sensible number.
+            draft: decode large JPEG files at a reduced size: faster, but it changes pixels.
+            outputs: fields of :class:`Features` wanted; None for all that the bundle gives.
+
+        Raises:
+            BundleError: the bundle is damaged, or of a newer schema.
+            EngineError: the engine is not installed or cannot run this bundle.
+            InputError: an option is wrong.
+        """
+        if not isinstance(bundle, Bundle):
+            bundle = Bundle.open(bundle)
+        if isinstance(engine, str):
+            engine = open_engine(
+                bundle.graph("model"),
+                engine,
+                precision=bundle.manifest.precision,
+                options=EngineOptions(threads=threads),
+            )
+        try:
+            return cls(
+                bundle,
+                engine,
+                batch_size=batch_size,
+                workers=workers,
+                draft=draft,
+                outputs=outputs,
+            )
+        except BaseException:
+            engine.close()
+            raise
+
+    def extract(self, images: Any) -> Features:
+        """The features of some images, all at once in memory.
+
+        Args:
+            images: a list of paths, PIL images or uint8 arrays of shape (H, W, 3), mixed at will;
+                one of these alone; or preprocessed images, a float32 array of shape (B, 3, H, W).
+
+        Returns:
+            Features of B rows, in the order of ``images``.
+
+        Raises:
+            ImageError: an image cannot be read; the message names it.
+            InputError: there are no images, or an array has another dtype or shape.
+            EngineError: the engine failed, or the features hold NaN or Inf.
+        """
+        if isinstance(images, np.ndarray) and images.dtype != np.uint8:
+            parts = list(self._stream_pixels(images))
+        else:
+            parts = list(self.stream(_as_items(images)))
+        if not parts:
+            raise InputError("there are no images; expected at least one")
+        return Features.concatenate(parts)
+
+    def stream(
+        self,
+        images: Iterable[ImageSource],
+        on_error: Callable[[Failure], None] | None = None,
+    ) -> Iterator[Features]:
+        """The features of any number of images, batch by batch, in order.
+
+        At most two batches of images are in memory besides the one the engine runs: worker
+        threads decode ahead of it.
+
+        Args:
+            images: paths, bytes of files, PIL images or uint8 arrays of shape (H, W, 3); consumed
+                as needed, so it may be endless.
+            on_error: called for each image that cannot be read, which is then left out (the
+                batch's ``indices`` say which are there). Without it the first one raises.
+
+        Raises:
+            ImageError: an image cannot be read, and there is no ``on_error``.
+            EngineError: the engine failed, or the features hold NaN or Inf.
+        """
+        names: dict[int, str] = {}
+        batches = pipeline.batches(
+            _remember_names(images, names),
+            self.bundle.manifest.preprocessing,
+            self.batch_size,
+            self._workers,
+            on_error=on_error,
+            draft=self._draft,
+        )
+        return self._stream(batches, names)
+
+    def run(self, pixels: NDArray[np.float32]) -> Features:
+        """The features of one batch of preprocessed images, in one run of the engine.
+
+        Args:
+            pixels: float32 (B, 3, H, W).
+
+        Raises:
+            InputError: the array has another dtype or shape.
+            EngineError: the engine failed, or the features hold NaN or Inf.
+        """
+        return self._run(pixels, range(len(pixels)), {})
+
+    def close(self) -> None:
+        """Frees the engine; further calls raise an EngineError."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _stream(self, batches: Iterator[Batch], names: dict[int, str]) -> Iterator[Features]:
+        try:
+            for batch in batches:
+                features = self._run(batch.pixels, batch.indices, names)
+                for index in [i for i in names if i <= batch.indices[-1]]:
+                    del names[index]
+                yield features
+        finally:
+            batches.close()  # type: ignore[attr-defined] # a generator, which stops its threads
+
+    def _stream_pixels(self, pixels: NDArray[np.float32]) -> Iterator[Features]:
+        for start in range(0, len(pixels), self.batch_size):
+            part = pixels[start : start + self.batch_size]
+            yield self._run(part, range(start, start + len(part)), {})
+
+    def _run(
+        self, pixels: NDArray[np.float32], indices: Sequence[int], names: Mapping[int, str]
+    ) -> Features:
+        outputs = self._engine.run(pixels, self._names)
+        for name, array in outputs.items():
+            if bad := _not_finite(array):
+                which = [names.get(indices[i], f"image {indices[i]}, counted from 0") for i in bad]
+                raise EngineError(
+                    f"{self.engine}: {name} holds NaN or Inf for {', '.join(which)}; in fp16 that "
+                    "is an overflow (export with --precision fp32), else the weights are broken"
+                )
+        return Features.from_outputs(outputs, self.bundle.manifest.tokens, indices, self.fields)
+
+
+def _as_items(images: Any) -> Iterable[ImageSource]:
+    """A lone image becomes a list of one."""
+    lone = isinstance(images, str | os.PathLike | bytes | Image.Image)
+    if lone or (isinstance(images, np.ndarray) and images.ndim == 3):
+        return [images]
+    if not isinstance(images, Iterable):
+        raise InputError(
+            f"images: got {type(images).__name__}; expected paths, PIL images, uint8 arrays "
+            "(H, W, 3), or one float32 array (B, 3, H, W)"
+        )
+    return images
+
+
+def _remember_names(images: Iterable[ImageSource], names: dict[int, str]) -> Iterator[ImageSource]:
+    for index, image in enumerate(images):
+        names[index] = name_of(image)
+        yield image
+
+
+def _not_finite(array: Floats) -> list[int]:
+    """The rows that hold NaN or Inf."""
+    finite = np.isfinite(array)
+    return [] if finite.all() else np.flatnonzero(~finite.reshape(len(array), -1).all(1)).tolist()

@@ -1,0 +1,195 @@
+"""Outputs that appear whole or not at all.
+
+An output is written beside its place, in the same folder under a hidden name, and renamed once it
+is complete. Whatever interrupts the work (an error, a full disk, Ctrl-C) removes the hidden one and
+leaves what stood there before as it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from regraft.errors import InputError, OutputExistsError
+
+# What the place of an output can answer; any other OSError is not about the output.
+_REMEDIES = {
+    errno.ENOSPC: "free some space or choose another place",
+    errno.EDQUOT: "the quota is used up; free some space or choose another place",
+    errno.EROFS: "choose another place",
+    errno.EACCES: "choose a place you may write to",
+    errno.EPERM: "choose a place you may write to",
+    errno.EFBIG: "choose a file system that takes files of this size",
+    errno.EIO: "the device fails; choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+def check_output(path: str | Path, force: bool = False) -> Path:
+    """Checks that an output may be written, before the work that fills it.
+
+    Args:
+        path: the file or folder that is to appear.
+        force: whether an existing one may be replaced.
+
+    Returns:
+        The path with symbolic links resolved, so that a link's target is replaced, not the link.
+
+    Raises:
+        OutputExistsError: it is there already, and not ``force``.
+        InputError: the folder around it is missing or cannot be written to.
+    """
+    target = Path(os.path.realpath(path))
+    hidden = _hidden(target)
+    with _named(path, hidden, target):
+        if target.exists() and not force:
+            raise OutputExistsError(f"{path}: exists already; give --force to replace it")
+        if target.exists() and not (target.is_file() or target.is_dir()):
+            raise InputError(
+                f"{path}: is a device or a pipe; expected the name of a file or folder"
+            )
+        if not target.parent.is_dir():
+            raise InputError(
+                f"{path}: the folder {Path(path).parent} does not exist; create it first"
+            )
+        # Only an attempt tells: root may write anywhere but on a read-only disk, quotas, ACLs.
+        hidden.touch(exist_ok=False)
+        hidden.unlink()
+    return target
+
+
+@contextmanager
+def whole_file(path: str | Path, force: bool = False) -> Iterator[Path]:
+    """Yields a hidden path to write at; the file appears at ``path`` when the block ends well.
+
+    Args:
+        path: the file that is to appear.
+        force: whether an existing one may be replaced, which happens once the new one is whole.
+
+    Raises:
+        OutputExistsError: it is there already, and not ``force``.
+        InputError: it cannot be written, for example on a full disk.
+    """
+    target = check_output(path, force)
+    if target.is_dir():
+        raise InputError(f"{path}: is a folder; expected the name of a file")
+    hidden = _hidden(target)
+    try:
+        with _named(path, hidden, target):
+            yield hidden
+            _sync(hidden)
+            check_output(path, force)
+            hidden.replace(target)
+    finally:
+        with suppress(OSError):
+            hidden.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: str | Path, marker: str, force: bool = False) -> Iterator[Path]:
+    """Yields a hidden, empty folder to fill; it appears at ``path`` when the block ends well.
+
+    Args:
+        path: the folder that is to appear.
+        marker: a file that every such folder holds, such as ``manifest.json``. With ``force``, a
+            folder without it is still not replaced: it may be somebody's home.
+        force: whether an existing one may be replaced, which happens once the new one is whole.
+
+    Raises:
+        OutputExistsError: it is there already, and not ``force``.
+        InputError: it cannot be written, for example on a full disk.
+    """
+    target = check_output(path, force)
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{path}: is a file; expected the name of a folder")
+    if target.exists() and not (target / marker).is_file() and any(target.iterdir()):
+        raise InputError(
+            f"{path}: is a folder without {marker}, so --force does not replace it; "
+            "choose another name or remove it yourself"
+        )
+    hidden = _hidden(target)
+    try:
+        with _named(path, hidden, target):
+            hidden.mkdir()
+            yield hidden
+            for file in hidden.rglob("*"):
+                _sync(file)
+            check_output(path, force)
+            _swap(hidden, target)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(beside: Path) -> Iterator[Path]:
+    """Yields a hidden, empty folder in the folder of ``beside``; it is removed in every case."""
+    hidden = _hidden(beside)
+    hidden.mkdir()
+    try:
+        yield hidden
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _hidden(target: Path) -> Path:
+    # The suffix stays last: some writers choose the format by it. The name is cut, because 255
+    # bytes is what most file systems take.
+    stem = target.stem.encode()[:180].decode(errors="ignore")
+    return target.parent / f".{stem}.{secrets.token_hex(4)}{target.suffix}"
+
+
+def _sync(file: Path) -> None:
+    # Rename may reach the disk before the content does, and network file systems report a full
+    # disk only now.
+    if file.is_file() and not file.is_symlink():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def _swap(new: Path, target: Path) -> None:
+    if not target.exists():
+        new.rename(target)
+        return
+    old = _hidden(target)
+    target.rename(old)
+    try:
+        new.rename(target)
+    except BaseException:
+        # Only a failed rename is undone: an interrupt may come when the new one stands already.
+        if not target.exists():
+            old.rename(target)
+        raise
+    finally:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _named(path: str | Path, hidden: Path, target: Path) -> Iterator[None]:
+    """Turns an OSError of the output's place into one line that names the output."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0)
+        if remedy is None or not _concerns(error, hidden, target):
+            raise
+        reason = os.strerror(error.errno or 0)
+        raise InputError(f"{path}: cannot be written ({reason}); {remedy}") from error
+
+
+def _concerns(error: OSError, hidden: Path, target: Path) -> bool:
+    # A write through an open file carries no name; then only the output can be meant, because
+    # reading cannot fail for want of space.
+    if error.filename is None:
+        return error.errno not in (errno.EACCES, errno.EPERM)
+    if error.filename == str(target):
+        return True
+    with suppress(TypeError, ValueError):
+        place = Path(os.fsdecode(error.filename)).absolute().relative_to(hidden.parent)
+        return hidden.stem in place.parts[0]  # the hidden one, or a scratch folder named after it
+    return False

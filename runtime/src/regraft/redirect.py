@@ -1,0 +1,72 @@
+"""The options of the redirect, as the manifest records them.
+
+The arithmetic is Algorithm 2 of "Vision Transformers Don't Need Trained Registers"
+(arXiv 2506.08010); the options name where readings of it differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from regraft.errors import InputError
+
+Value = Literal["per-neuron", "per-layer", "constant"]
+Cls = Literal["zero", "keep"]
+Patches = Literal["zero", "mean", "only-outliers", "keep"]
+
+
+@dataclass(frozen=True)
+class RedirectOptions:
+    """How the register neurons' activations are redirected.
+
+    Attributes:
+        value: what the register receives. ``per-neuron``: the maximum over tokens of each neuron
+            (the minimum where its sign is negative), as in the paper. ``per-layer``: one signed
+            scalar per layer, the element of largest magnitude over all its neurons and tokens, as
+            in the authors' released hook. ``constant``: the mean value of ``neurons.json``.
+        cls: ``zero`` silences the neurons on every prefix token (paper); ``keep`` spares the CLS
+            token alone (released hook).
+        patches: what the neurons hold on patch tokens: ``zero`` (paper), ``mean`` over the patches
+            of the image, ``only-outliers`` (values above mean + 1 standard deviation become the
+            mean), ``keep``.
+        registers: how many test-time registers are appended.
+        scale: factor on the value, one per register.
+    """
+
+    value: Value = "per-neuron"
+    cls: Cls = "zero"
+    patches: Patches = "zero"
+    registers: int = 1
+    scale: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        for name, kind in (("value", Value), ("cls", Cls), ("patches", Patches)):
+            got = getattr(self, name)
+            if got not in get_args(kind):
+                raise InputError(
+                    f"redirect option {name} is {got!r}; expected one of {', '.join(get_args(kind))}"
+                )
+        if not 1 <= self.registers <= 64:
+            raise InputError(f"registers is {self.registers}; expected 1 to 64")
+        if len(self.scale) != self.registers:
+            raise InputError(
+                f"scale has {len(self.scale)} values for {self.registers} registers; "
+                "expected one per register"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The options as plain JSON values."""
+        return {**asdict(self), "scale": list(self.scale)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RedirectOptions:
+        """Reads what :meth:`to_json` wrote."""
+        return cls(
+            value=data["value"],
+            cls=data["cls"],
+            patches=data["patches"],
+            registers=int(data["registers"]),
+            scale=tuple(float(s) for s in data["scale"]),
+        )

@@ -1,0 +1,206 @@
+"""Verification of a bundle on images: parity of an engine with a reference, and the effect.
+
+The reference is exchangeable: at export PyTorch with hooks; in production, where there is no
+PyTorch, the very graph that export verified, run by ort-cpu with its optimiser off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regraft.bundle import Bundle
+from regraft.effect import Effect, EffectMeter
+from regraft.engines import Engine, EngineOptions, open_engine
+from regraft.errors import GateError
+from regraft.parity import LIMITS, Comparison, Meter
+
+SCHEMA = 1
+
+
+class Reference(Protocol):
+    """Something that yields the right outputs of a graph."""
+
+    name: str
+
+    def run(
+        self, graph: str, pixels: NDArray[np.float32], outputs: Sequence[str]
+    ) -> Mapping[str, NDArray[np.float32]]:
+        """The named outputs of a graph (model, baseline, probe, probe_baseline)."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a verification found.
+
+    Attributes:
+        engine: what was verified.
+        precision: of the bundle, which chooses the limits.
+        reference: what it was compared with.
+        images: how many.
+        parity: one comparison per graph and output.
+        effect: what the patch does; None without probe graphs.
+    """
+
+    engine: str
+    precision: str
+    reference: str
+    images: int
+    parity: tuple[Comparison, ...]
+    effect: Effect | None
+
+    @property
+    def failures(self) -> list[str]:
+        """One line per missed limit."""
+        return [line for comparison in self.parity for line in comparison.failures]
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was compared and every limit holds."""
+        return bool(self.parity) and self.images > 0 and not self.failures
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``verify.json``."""
+        return {
+            "schema": SCHEMA,
+            "engine": self.engine,
+            "precision": self.precision,
+            "reference": self.reference,
+            "images": self.images,
+            "passed": self.passed,
+            "limits": vars(LIMITS[self.precision]),
+            "parity": [comparison.to_json() for comparison in self.parity],
+            "effect": None if self.effect is None else self.effect.to_json(),
+        }
+
+    def gate(self) -> None:
+        """Raises GateError, naming every missed limit, unless the verification passed."""
+        if not self.passed:
+            reasons = "; ".join(self.failures) or "nothing was compared"
+            raise GateError(f"{self.engine} is not equal to {self.reference}: {reasons}")
+
+
+class UnoptimisedGraph:
+    """The reference without PyTorch: the bundle's own graphs, ort-cpu with its optimiser off."""
+
+    name = "the graph that export verified (ort-cpu, optimiser off)"
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        self.engines = Engines(bundle, "ort-cpu", EngineOptions(threads, optimize=False))
+
+    def run(
+        self, graph: str, pixels: NDArray[np.float32], outputs: Sequence[str]
+    ) -> Mapping[str, NDArray[np.float32]]:
+        """See :class:`Reference`."""
+        return self.engines[graph].run(pixels, outputs)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.engines.close()
+
+
+class Engines:
+    """A bundle's graphs on one engine, each opened on first use."""
+
+    def __init__(self, bundle: Bundle, engine: str, options: EngineOptions | None = None) -> None:
+        self.bundle, self.engine, self.options = bundle, engine, options
+        self._open: dict[str, Engine] = {}
+        self._stack = ExitStack()
+
+    def __getitem__(self, graph: str) -> Engine:
+        if graph not in self._open:
+            engine = open_engine(
+                self.bundle.graph(graph),
+                self.engine,
+                precision=self.bundle.manifest.precision,
+                options=self.options,
+            )
+            self._open[graph] = self._stack.enter_context(engine)
+        return self._open[graph]
+
+    def close(self) -> None:
+        """Closes every engine that was opened."""
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def verify(
+    bundle: Bundle,
+    batches: Iterable[NDArray[np.float32]],
+    reference: Reference,
+    engine: str = "ort-cpu",
+    options: EngineOptions | None = None,
+    *,
+    compare_probes: bool = False,
+    on_batch: Callable[[int], None] | None = None,
+) -> Verification:
+    """Compares an engine with a reference on images and measures the effect.
+
+    Args:
+        bundle: what to verify.
+        batches: preprocessed images, each (B, 3, H, W) float32.
+        reference: yields the right outputs.
+        engine: what to verify; the effect is always measured on ort-cpu, whose probes it needs.
+        options: of the engine.
+        compare_probes: also compare the probe graphs with the reference (at export).
+        on_batch: called with each batch's size, for progress.
+
+    Returns:
+        The findings; call :meth:`Verification.gate` to make a missed limit an error.
+    """
+    manifest = bundle.manifest
+    has_probes = {"probe", "probe_baseline"} <= set(manifest.graphs)
+    compared = [g for g in ("model", "baseline") if g in manifest.graphs]
+    probes = ["probe_baseline", "probe"] if has_probes else []
+    meters: dict[tuple[str, str], Meter] = {}
+    effect = EffectMeter(manifest)
+    images = 0
+    with Engines(bundle, engine, options) as candidate, Engines(bundle, "ort-cpu") as cpu:
+        for pixels in batches:
+            seen: dict[str, Mapping[str, NDArray[np.float32]]] = {}
+            for graph in [*compared, *probes]:
+                engines = cpu if graph in probes else candidate
+                seen[graph] = engines[graph].run(pixels)
+                if graph in compared or compare_probes:
+                    _compare(meters, graph, manifest.tokens.class_token, reference, pixels, seen)
+            if probes:
+                effect.update(seen["probe_baseline"], seen["probe"])
+            images += len(pixels)
+            if on_batch:
+                on_batch(len(pixels))
+        name = candidate["model"].name
+    limits = LIMITS[manifest.precision]
+    return Verification(
+        engine=name,
+        precision=manifest.precision,
+        reference=reference.name,
+        images=images,
+        parity=tuple(meter.result(limits) for meter in meters.values()),
+        effect=effect.result() if probes and images else None,
+    )
+
+
+def _compare(
+    meters: dict[tuple[str, str], Meter],
+    graph: str,
+    class_token: bool,
+    reference: Reference,
+    pixels: NDArray[np.float32],
+    seen: Mapping[str, Mapping[str, NDArray[np.float32]]],
+) -> None:
+    right = reference.run(graph, pixels, list(seen[graph]))
+    for name, value in seen[graph].items():
+        meter = meters.setdefault((graph, name), Meter(graph, name, class_token))
+        meter.update(right[name], value)

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from regraft.bundle import Bundle
+from regraft.errors import BundleError
+
+
+def edit_manifest(folder: Path, edit: Callable[[dict], None]) -> None:
+    path = folder / "manifest.json"
+    data = json.loads(path.read_text())
+    edit(data)
+    path.write_text(json.dumps(data))
+
+
+def test_an_intact_bundle_opens(pristine_bundle: Path) -> None:
+    bundle = Bundle.open(pristine_bundle)
+    assert bundle.graph("model") == pristine_bundle / "model.onnx"
+    assert bundle.graph("baseline") == pristine_bundle / "baseline.onnx"
+    assert [(n.layer, n.index) for n in bundle.neurons().neurons] == [(1, 5), (1, 7)]
+
+
+def test_a_changed_byte_is_named(bundle_folder: Path) -> None:
+    weights = bundle_folder / "weights.data"
+    content = bytearray(weights.read_bytes())
+    content[700] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(bundle_folder)
+    assert str(caught.value) == (
+        f"{bundle_folder}: weights.data was changed (its sha256 differs); "
+        "copy the bundle again or export again"
+    )
+    # The size is right, so that only the hash can tell.
+    assert Bundle.open(bundle_folder, verify_hashes=False).path == bundle_folder
+
+
+def test_every_offender_is_named(bundle_folder: Path) -> None:
+    (bundle_folder / "neurons.json").unlink()
+    size = (bundle_folder / "weights.data").stat().st_size
+    with (bundle_folder / "weights.data").open("ab") as stream:
+        stream.write(b"more")
+    (bundle_folder / "model.onnx").write_bytes(b"cut")
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(bundle_folder, verify_hashes=False)
+    text = str(caught.value)
+    assert "neurons.json is missing" in text
+    assert f"weights.data has {size + 4} bytes, expected {size}" in text
+    assert "model.onnx has 3 bytes, expected " in text
+    assert "baseline.onnx" not in text
+
+
+def test_unlisted_files_do_no_harm(bundle_folder: Path) -> None:
+    (bundle_folder / ".DS_Store").write_text("")
+    assert Bundle.open(bundle_folder).manifest.precision == "fp32"
+
+
+def test_a_newer_schema_is_refused(bundle_folder: Path) -> None:
+    edit_manifest(bundle_folder, lambda data: data.update(schema=99))
+    with pytest.raises(BundleError, match=r"manifest\.json: schema 99 is newer than 1"):
+        Bundle.open(bundle_folder)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "C:\\x", ""])
+def test_a_path_that_leaves_the_bundle_is_refused(bundle_folder: Path, name: str) -> None:
+    edit_manifest(
+        bundle_folder, lambda data: data["files"].update({name: {"sha256": "0", "bytes": 1}})
+    )
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(bundle_folder)
+    assert f"the file name {name!r} leaves the bundle; refused" in str(caught.value)
+
+
+def test_a_graph_must_have_its_sha256(bundle_folder: Path) -> None:
+    edit_manifest(bundle_folder, lambda data: data["graphs"].update(probe="probe.onnx"))
+    with pytest.raises(BundleError, match=r"its manifest has no sha256 for probe\.onnx"):
+        Bundle.open(bundle_folder)
+    edit_manifest(bundle_folder, lambda data: data["graphs"].clear())
+    with pytest.raises(BundleError, match="its manifest names no graph 'model'"):
+        Bundle.open(bundle_folder)
+
+
+def test_what_is_no_bundle_says_what_was_expected(tmp_path: Path) -> None:
+    expected = r"expected a folder with manifest\.json, as `regraft export` writes it"
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for name, problem in {
+        "missing": "no such folder",
+        "file": "is a file, not a bundle",
+        "empty": "is not a bundle",
+    }.items():
+        with pytest.raises(BundleError, match=f"{name}: {problem}; {expected}"):
+            Bundle.open(tmp_path / name)
+
+
+def test_a_manifest_that_is_not_json(bundle_folder: Path) -> None:
+    (bundle_folder / "manifest.json").write_text('{"schema": 1,')
+    with pytest.raises(BundleError, match=r"manifest\.json: is not JSON"):
+        Bundle.open(bundle_folder)
+
+
+def test_a_graph_that_was_left_out(tmp_path: Path, write_bundle: Callable[..., Path]) -> None:
+    bundle = Bundle.open(write_bundle(tmp_path / "lean", baseline=False))
+    with pytest.raises(BundleError) as caught:
+        bundle.graph("baseline")
+    assert str(caught.value) == (
+        f"{bundle.path}: holds no graph 'baseline', because it was exported with --no-baseline; "
+        "export it again without"
+    )
+    with pytest.raises(BundleError, match="there is no graph 'fast'; expected one of model,"):
+        bundle.graph("fast")
+
+
+def test_verification_is_read_or_missed(bundle_folder: Path) -> None:
+    bundle = Bundle.open(bundle_folder)
+    with pytest.raises(BundleError, match=r"verify\.json: cannot be read"):
+        bundle.verification()
+    (bundle_folder / "verify.json").write_text('{"images": 4}')
+    assert bundle.verification() == {"images": 4}
+    (bundle_folder / "verify.json").write_text("[]")
+    with pytest.raises(BundleError, match=r"verify\.json: is not a JSON object"):
+        bundle.verification()

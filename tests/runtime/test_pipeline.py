@@ -1,0 +1,239 @@
+"""The pipeline: order, bounds, failures, and that its threads go away."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import regraft.pipeline
+from regraft.errors import ImageError, InputError
+from regraft.images import decode
+from regraft.pipeline import Failure, batches, default_workers
+from regraft.preprocessing import Preprocessing
+
+PREPROCESSING = Preprocessing((8, 12), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "exact", (8, 12))
+
+
+def flat(value: int) -> np.ndarray:
+    """A picture whose preprocessed value says which one it was."""
+    return np.full((5, 7, 3), value, np.uint8)
+
+
+def values(pixels: np.ndarray) -> list[int]:
+    return [int(v) for v in np.round(pixels[:, 0, 0, 0] * 255)]
+
+
+def decoding_threads() -> int:
+    return sum(t.name.startswith("regraft-decode") for t in threading.enumerate())
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
+@pytest.mark.parametrize("count", [0, 1, 12, 13])
+def test_batches_are_full_and_in_order(count: int, batch_size: int, workers: int) -> None:
+    got = list(batches([flat(i) for i in range(count)], PREPROCESSING, batch_size, workers))
+    sizes = [len(batch.pixels) for batch in got]
+    assert sizes == [batch_size] * (count // batch_size) + [count % batch_size] * bool(
+        count % batch_size
+    )
+    assert [i for batch in got for i in batch.indices] == list(range(count))
+    for batch in got:
+        assert batch.pixels.dtype == np.float32
+        assert batch.pixels.flags.c_contiguous
+        assert batch.pixels.shape[1:] == (3, 8, 12)
+        assert values(batch.pixels) == list(batch.indices)
+
+
+def test_order_does_not_depend_on_which_picture_is_ready_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def slow_at_first(item: np.ndarray, **options: object) -> Image.Image:
+        time.sleep(0.03 if int(item[0, 0, 0]) % 3 == 0 else 0)
+        return decode(item)
+
+    monkeypatch.setattr(regraft.pipeline, "decode", slow_at_first)
+    got = list(batches([flat(i) for i in range(12)], PREPROCESSING, 4, 4))
+    assert [values(batch.pixels) for batch in got] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+def test_every_kind_of_source(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(flat(9)).save(path)
+    sources = [path, str(path), path.read_bytes(), Image.fromarray(flat(9)), flat(9)]
+    (batch,) = batches(sources, PREPROCESSING, 8)
+    assert values(batch.pixels) == [9] * 5
+
+
+def test_failures_are_collected_and_leave_batches_full(tmp_path: Path) -> None:
+    text, empty = tmp_path / "text.jpg", tmp_path / "empty.jpg"
+    text.write_text("not an image")
+    empty.touch()
+    items = [text, flat(1), flat(2), empty, flat(4), flat(5), flat(6), b"", tmp_path / "none.png"]
+    failures: list[Failure] = []
+    got = list(batches(items, PREPROCESSING, 2, 2, on_error=failures.append))
+    assert [batch.indices for batch in got] == [(1, 2), (4, 5), (6,)]
+    assert [values(batch.pixels) for batch in got] == [[1, 2], [4, 5], [6]]
+    assert failures == [
+        Failure(0, str(text), f"{text}: is not an image file that Pillow reads"),
+        Failure(3, str(empty), f"{empty}: is empty (0 bytes)"),
+        Failure(7, "a picture given as bytes", "a picture given as bytes: is empty (0 bytes)"),
+        Failure(8, str(tmp_path / "none.png"), f"{tmp_path / 'none.png'}: no such file"),
+    ]
+
+
+def test_failures_alone_give_no_batch() -> None:
+    failures: list[Failure] = []
+    assert list(batches([b"x", b"y"], PREPROCESSING, 2, on_error=failures.append)) == []
+    assert [failure.index for failure in failures] == [0, 1]
+
+
+def test_without_on_error_the_first_failure_raises_after_the_batches_before_it() -> None:
+    stream = batches([flat(0), flat(1), flat(2), b"", flat(4)], PREPROCESSING, 2, 2)
+    assert next(stream).indices == (0, 1)
+    with pytest.raises(ImageError, match=r"a picture given as bytes: is empty \(0 bytes\)"):
+        next(stream)
+    assert decoding_threads() == 0
+
+
+def test_endless_input_is_read_two_batches_ahead_at_most() -> None:
+    read = itertools.count()
+    last = -1
+
+    def endless() -> Iterator[np.ndarray]:
+        nonlocal last
+        for last in read:
+            yield flat(last % 256)
+
+    stream = batches(endless(), PREPROCESSING, 3, 2)
+    for turn in range(1, 40):
+        batch = next(stream)
+        assert values(batch.pixels) == [i % 256 for i in batch.indices]
+        assert last + 1 <= 3 * turn + 2 * 3
+    stream.close()
+    assert decoding_threads() == 0
+
+
+def test_at_most_two_batches_are_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts the prepared pictures that are alive besides those that were handed out."""
+    lock, started, most = threading.Lock(), 0, 0
+    handed_out = 0
+
+    def counting(item: np.ndarray, **options: object) -> Image.Image:
+        nonlocal started, most
+        with lock:
+            started += 1
+            most = max(most, started - handed_out)
+        return decode(item)
+
+    monkeypatch.setattr(regraft.pipeline, "decode", counting)
+    for batch in batches((flat(i) for i in range(40)), PREPROCESSING, 4, 3):
+        handed_out += len(batch.pixels)
+        time.sleep(0.005)  # the workers get as far ahead as they may
+    assert started == 40
+    assert 4 < most <= 8
+
+
+def test_workers_go_on_while_a_batch_is_consumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = threading.Semaphore(0)
+
+    def telling(item: np.ndarray, **options: object) -> Image.Image:
+        done.release()
+        return decode(item)
+
+    monkeypatch.setattr(regraft.pipeline, "decode", telling)
+    stream = batches([flat(i) for i in range(9)], PREPROCESSING, 3, 1)
+    next(stream)
+    for _ in range(9):
+        assert done.acquire(timeout=5)
+    stream.close()
+
+
+def test_closing_early_stops_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+
+    def slow(item: np.ndarray, **options: object) -> Image.Image:
+        begun.append(int(item[0, 0, 0]))
+        time.sleep(0.01)
+        return decode(item)
+
+    monkeypatch.setattr(regraft.pipeline, "decode", slow)
+    stream = batches((flat(i % 256) for i in itertools.count()), PREPROCESSING, 50, 2)
+    next(stream)
+    stream.close()
+    assert decoding_threads() == 0
+    assert len(begun) < 150, "pictures that nobody waits for are not decoded"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_leaving_the_loop_by_an_exception_stops_the_threads(error: type[BaseException]) -> None:
+    def consume() -> None:
+        for _ in batches((flat(i % 256) for i in itertools.count()), PREPROCESSING, 2, 2):
+            raise error
+
+    with pytest.raises(error):
+        consume()
+    assert decoding_threads() == 0
+
+
+def test_errors_of_the_input_and_of_our_own_come_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Iterator[np.ndarray]:
+        yield flat(0)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(batches(broken(), PREPROCESSING, 1))
+
+    def bug(item: object, **options: object) -> Image.Image:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(regraft.pipeline, "decode", bug)
+    failures: list[Failure] = []
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        list(batches([flat(0)], PREPROCESSING, 1, on_error=failures.append))
+    assert failures == []
+    assert decoding_threads() == 0
+
+
+def test_options_reach_the_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, object]] = []
+
+    def spy(item: object, **options: object) -> Image.Image:
+        seen.append(options)
+        return decode(item, **options)
+
+    monkeypatch.setattr(regraft.pipeline, "decode", spy)
+    list(batches([flat(0)], PREPROCESSING, 1, draft=True, max_pixels=50))
+    list(batches([flat(0)], PREPROCESSING, 1))
+    assert seen == [
+        {"max_pixels": 50, "draft_for": PREPROCESSING},
+        {"max_pixels": 89_478_485, "draft_for": None},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "workers", "message"),
+    [(0, 1, "batch_size is 0; expected at least 1"), (1, 0, "workers is 0; expected at least 1")],
+)
+def test_bad_options_are_refused_at_once(batch_size: int, workers: int, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        batches([], PREPROCESSING, batch_size, workers)
+    assert str(caught.value) == message
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_default_workers_respect_affinity() -> None:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert default_workers() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert default_workers() == len(before)
