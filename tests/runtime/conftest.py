@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from hypothesis import settings
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -24,6 +25,10 @@ from regraft.neurons import Neurons, RegisterNeuron
 from regraft.preprocessing import Preprocessing
 from regraft.redirect import RedirectOptions
 from regraft.tokens import TokenLayout
+
+# Two shared cores: a slow example says nothing about the code.
+settings.register_profile("regraft", deadline=None)
+settings.load_profile("regraft")
 
 SIZE, PATCH, WIDTH, HEADS = 16, 4, 8, 2
 GRID = SIZE // PATCH

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +96,24 @@ def test_what_is_no_bundle_says_what_was_expected(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(BundleError, match=f"{name}: {problem}; {expected}"):
             Bundle.open(tmp_path / name)
+
+
+def test_a_folder_that_may_not_be_entered(tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(0o000)
+    root = os.geteuid() == 0
+    if root:  # who may enter everywhere
+        os.seteuid(65534)
+    try:
+        with pytest.raises(BundleError) as caught:
+            Bundle.open(locked / "bundle")
+    finally:
+        if root:
+            os.seteuid(0)
+    assert str(caught.value) == (
+        f"{locked / 'bundle'}: cannot be read (Permission denied); expected a folder with "
+        "manifest.json, as `regraft export` writes it"
+    )
 
 
 def test_a_manifest_that_is_not_json(bundle_folder: Path) -> None:

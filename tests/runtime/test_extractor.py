@@ -126,9 +126,7 @@ def test_a_stream_leaves_out_what_cannot_be_read(
         list(extractor.stream(paths))
 
 
-def test_a_stream_reads_ahead_two_batches_at_most(
-    extractor: Extractor, photos: list[Path]
-) -> None:
+def test_a_stream_reads_ahead_two_batches_at_most(extractor: Extractor, photos: list[Path]) -> None:
     taken = 0
 
     def endless() -> Iterator[Path]:
@@ -145,9 +143,7 @@ def test_a_stream_reads_ahead_two_batches_at_most(
     assert taken < 40
 
 
-def test_a_stream_forgets_what_it_has_handed_out(
-    extractor: Extractor, photos: list[Path]
-) -> None:
+def test_a_stream_forgets_what_it_has_handed_out(extractor: Extractor, photos: list[Path]) -> None:
     alive = []
     for features in extractor.stream(photos):
         alive.append(weakref.ref(features.patches.base))
@@ -156,9 +152,7 @@ def test_a_stream_forgets_what_it_has_handed_out(
     assert [reference() for reference in alive] == [None] * len(alive)
 
 
-def test_a_stream_that_is_left_stops_its_threads(
-    extractor: Extractor, photos: list[Path]
-) -> None:
+def test_a_stream_that_is_left_stops_its_threads(extractor: Extractor, photos: list[Path]) -> None:
     before = threading.active_count()
     for _ in extractor.stream(photos * 3):
         assert threading.active_count() > before
@@ -246,7 +240,9 @@ def test_a_graph_that_lacks_an_output_is_refused(pristine_bundle: Path) -> None:
     bundle = Bundle.open(pristine_bundle)
     engine = FakeEngine(bundle)
     engine.outputs = {"pooler_output": ("batch", 8)}
-    with pytest.raises(BundleError, match=r"model\.onnx lacks the outputs attentions\.1, hidden\.1"):
+    with pytest.raises(
+        BundleError, match=r"model\.onnx lacks the outputs attentions\.1, hidden\.1"
+    ):
         Extractor.open(bundle, engine)
 
 

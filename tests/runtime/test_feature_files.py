@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regraft import feature_files
@@ -69,7 +69,12 @@ def test_what_is_read_is_what_was_written(
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
 
 
-@given(names=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1), min_size=1))
+@settings(max_examples=40)
+@given(
+    names=st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1), min_size=1
+    )
+)
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
 def test_every_file_name_comes_back(
     tmp_path_factory: pytest.TempPathFactory, suffix: str, names: list[str]

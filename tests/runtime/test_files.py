@@ -89,6 +89,28 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     assert left_in(tmp_path) == ["bundle"]
 
 
+@pytest.mark.parametrize("fails", [1, 2], ids=["moving-old", "moving-new"])
+def test_a_swap_that_is_interrupted_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    target = tmp_path / "bundle"
+    fill_folder(target, "old")
+    calls, rename = 0, Path.rename
+
+    def interrupted(self: Path, to: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls == fails:
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fill_folder(target, "new", force=True)
+    assert (target / "manifest.json").read_text() == "old"
+    assert left_in(tmp_path) == ["bundle"]
+
+
 def test_an_existing_output_is_refused_by_name(tmp_path: Path) -> None:
     target = tmp_path / "out.npz"
     target.write_text("old")

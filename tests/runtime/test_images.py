@@ -216,7 +216,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(ImageError) as caught:
         decode(tmp_path / "none.jpg")
     assert str(caught.value) == f"{tmp_path / 'none.jpg'}: no such file"
-    with pytest.raises(ImageError, match="cannot be decoded .*[Dd]irectory"):
+    with pytest.raises(ImageError, match=r"cannot be decoded .*[Dd]irectory"):
         decode(tmp_path)
 
 

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -47,12 +47,14 @@ def noise(height: int, width: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+@settings(deadline=None)
 @given(preprocessings)
 def test_json_round_trip(preprocessing: Preprocessing) -> None:
     text = json.dumps(preprocessing.to_json())
     assert Preprocessing.from_json(json.loads(text)) == preprocessing
 
 
+@settings(deadline=None)
 @given(preprocessings, sizes)
 def test_any_picture_comes_out_in_the_right_shape(
     preprocessing: Preprocessing, size: tuple[int, int]
@@ -68,6 +70,7 @@ def test_any_picture_comes_out_in_the_right_shape(
     np.testing.assert_allclose(pixels, (levels - mean) / std, rtol=1e-5, atol=1e-4)
 
 
+@settings(deadline=None)
 @given(preprocessings, sizes)
 def test_the_crop_is_the_centre(preprocessing: Preprocessing, size: tuple[int, int]) -> None:
     """Without resampling, the view is a window of the picture whose margins differ by one."""
@@ -163,7 +166,8 @@ def test_the_window_is_padded_like_the_whole(monkeypatch: pytest.MonkeyPatch) ->
     preprocessing = replace(
         PLAIN, image_size=(40, 64), resize="shortest-edge", resize_size=(32, 32), fill=(9, 8, 7)
     )
-    picture = noise(50, 130)
+    # Smooth, because Pillow may swap its two passes for a window, and noise shows the rounding.
+    picture = noise(5, 13).resize((130, 50), Image.Resampling.BICUBIC)
     whole = np.asarray(preprocessing.view(picture)).astype(int)
     monkeypatch.setattr("regraft.preprocessing._MAX_RESIZED_PIXELS", 0)
     window = np.asarray(preprocessing.view(picture)).astype(int)

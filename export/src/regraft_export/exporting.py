@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class ExportOptions:
         baseline: whether baseline and probes are written too.
     """
 
-    redirect: RedirectOptions = RedirectOptions()
+    redirect: RedirectOptions = field(default_factory=RedirectOptions)
     precision: str = "fp32"
     layers: tuple[int, ...] = ()
     attentions: tuple[int, ...] = ()
@@ -147,7 +147,7 @@ def _write(
     patch = Patch(neurons, options.redirect)
     outputs = Wanted(layers=options.layers, attentions=options.attentions)
     probe = Wanted(probe=True)
-    plan = {"model": (patch, outputs)}
+    plan: dict[str, tuple[Patch | None, Wanted]] = {"model": (patch, outputs)}
     if options.baseline:
         plan |= {"baseline": (None, outputs), "probe": (patch, probe)}
         plan |= {"probe_baseline": (None, probe)}
@@ -157,7 +157,8 @@ def _write(
             built = build(traced, what, wanted)
             weights.save(built.proto, FILES[name])
             model = model or built
-    assert model is not None and model.sites is not None  # "model" comes first and is patched
+    assert model is not None  # it comes first
+    assert model.sites is not None  # and is patched
     (folder / NEURONS).write_text(_json(neurons.to_json()), encoding="utf-8")
     names = [FILES[name] for name in plan] + [WEIGHTS, NEURONS]
     files: dict[str, FileRecord] = {name: record(folder / name) for name in names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from regraft.errors import NeuronsError
 from regraft.neurons import Neurons
+from regraft_export.finding.fingerprint import matches
 from regraft_export.sources import LoadedModel
 from regraft_export.vit.structure import VisionTransformer
 
@@ -34,20 +35,34 @@ def check_identity(
             "that the neurons belong to these weights"
         ]
     objections = []
-    if about["weights_sha256"] != loaded.weights_sha256:
+    size = list(loaded.preprocessing.image_size)
+    if about.get("image_size", size) != size:
+        # The position embedding is resampled at load, so the weights' hash differs by itself; the
+        # neurons live in the down-projections, which do not.
+        objections.append(
+            f"the neurons were found at image size {about['image_size']}, this export has {size}; "
+            "neuron sets depend on the resolution"
+        )
+        same = _fingerprints_match(neurons, vit)
+    else:
+        same = about["weights_sha256"] == loaded.weights_sha256
+    if not same:
         objections.append(
             f"the neurons were found in {about.get('model', 'another model')} with weights "
             f"{about['weights_sha256'][:12]}..., this model is {loaded.source} with weights "
             f"{loaded.weights_sha256[:12]}..."
-        )
-    size = list(loaded.preprocessing.image_size)
-    if about.get("image_size", size) != size:
-        objections.append(
-            f"the neurons were found at image size {about['image_size']}, this export has {size}; "
-            "neuron sets depend on the resolution"
         )
     if objections and not force:
         raise NeuronsError(
             "; ".join(objections) + "; run `regraft find` for this model and size, or give --force"
         )
     return [f"{line} (forced)" for line in objections]
+
+
+def _fingerprints_match(neurons: Neurons, vit: VisionTransformer) -> bool:
+    expected = neurons.about.get("fingerprints", {})
+    return all(
+        str(layer) in expected
+        and matches(expected[str(layer)], vit.blocks[layer].down.weight.detach().float().numpy())
+        for layer in neurons.layers
+    )

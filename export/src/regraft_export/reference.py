@@ -57,12 +57,14 @@ class PyTorchReference:
         if kind == "hidden":
             return seen.hidden[int(layer)][:, : layout.count]
         if kind == "norms":
-            return seen.hidden[int(layer)].norm(dim=-1)
+            norms: Tensor = torch.linalg.vector_norm(seen.hidden[int(layer)], dim=-1)
+            return norms
         if kind == "attentions":
             attention = seen.attention[int(layer)]
             if probe:
                 return attention
-            return attention[:, :, layout.prefix : layout.count].unflatten(2, layout.grid)
+            patches = attention[:, :, layout.prefix : layout.count]
+            return patches.reshape(*patches.shape[:2], *layout.grid)
         if kind == "test_time_registers":
             return seen.registers
         if kind == "pooler_output":

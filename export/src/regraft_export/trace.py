@@ -42,7 +42,9 @@ class _WithAnchors(nn.Module):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         entered: list[Tensor] = []
         handle = self.vit.entry.register_forward_pre_hook(
-            lambda m, args, kwargs: entered.append(args[0] if args else next(iter(kwargs.values()))),
+            lambda m, args, kwargs: entered.append(
+                args[0] if args else next(iter(kwargs.values()))
+            ),
             with_kwargs=True,
         )
         try:

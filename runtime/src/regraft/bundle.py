@@ -112,12 +112,15 @@ def record(path: Path) -> FileRecord:
 
 def _expect_bundle(path: Path) -> None:
     expected = f"expected a folder with {manifest_module.NAME}, as `regraft export` writes it"
-    if not path.exists():
-        raise BundleError(f"{path}: no such folder; {expected}")
-    if not path.is_dir():
-        raise BundleError(f"{path}: is a file, not a bundle; {expected}")
-    if not (path / manifest_module.NAME).is_file():
-        raise BundleError(f"{path}: is not a bundle; {expected}")
+    try:
+        if not path.exists():
+            raise BundleError(f"{path}: no such folder; {expected}")
+        if not path.is_dir():
+            raise BundleError(f"{path}: is a file, not a bundle; {expected}")
+        if not (path / manifest_module.NAME).is_file():
+            raise BundleError(f"{path}: is not a bundle; {expected}")
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror}); {expected}") from None
 
 
 def _faults(path: Path, manifest: Manifest, verify_hashes: bool) -> Iterator[str]:

@@ -156,11 +156,11 @@ def _swap(new: Path, target: Path) -> None:
         new.rename(target)
         return
     old = _hidden(target)
-    target.rename(old)
     try:
+        target.rename(old)
         new.rename(target)
     except BaseException:
-        # Only a failed rename is undone: an interrupt may come when the new one stands already.
+        # An interrupt may come before, between or after; only between has to be undone.
         if not target.exists():
             old.rename(target)
         raise

@@ -69,9 +69,7 @@ class Neurons:
 
     def of(self, layer: int) -> tuple[RegisterNeuron, ...]:
         """The neurons of one layer, by index."""
-        return tuple(
-            sorted((n for n in self.neurons if n.layer == layer), key=lambda n: n.index)
-        )
+        return tuple(sorted((n for n in self.neurons if n.layer == layer), key=lambda n: n.index))
 
     def check_against(self, depth: int, hidden: Mapping[int, int] | int) -> None:
         """Raises NeuronsError if a layer or index is outside a model's.

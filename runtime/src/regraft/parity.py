@@ -157,7 +157,7 @@ def cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64
     equal = (a == b).all(axis=-1).astype(np.float64)
     dots = (a * b).sum(axis=-1)
     safe = np.where(norms > 0, norms, 1.0)
-    return np.where(norms > 0, np.clip(dots / safe, -1.0, 1.0), equal)
+    return np.asarray(np.where(norms > 0, np.clip(dots / safe, -1.0, 1.0), equal))
 
 
 def _percentile(parts: list[NDArray[np.float64]], percent: float) -> float | None:

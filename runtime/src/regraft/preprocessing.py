@@ -25,7 +25,8 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "ham
 _FILTERS = {name: Image.Resampling[name.upper()] for name in get_args(Interpolation)}
 _MAX_EDGE = 16384
 # A 1 x 10000 picture whose shortest edge becomes 256 is 655 million pixels, of which the crop
-# needs a ten thousandth. Above this many pixels only the crop's window is resized.
+# needs a ten thousandth. Above this many pixels only the crop's window is resized, which rounds
+# differently (Pillow may swap its two passes) and is therefore not done to save time.
 _MAX_RESIZED_PIXELS = 1 << 26
 
 

@@ -45,9 +45,8 @@ class RedirectOptions:
         for name, kind in (("value", Value), ("cls", Cls), ("patches", Patches)):
             got = getattr(self, name)
             if got not in get_args(kind):
-                raise InputError(
-                    f"redirect option {name} is {got!r}; expected one of {', '.join(get_args(kind))}"
-                )
+                allowed = ", ".join(get_args(kind))
+                raise InputError(f"redirect option {name} is {got!r}; expected one of {allowed}")
         if not 1 <= self.registers <= 64:
             raise InputError(f"registers is {self.registers}; expected 1 to 64")
         if len(self.scale) != self.registers:

@@ -47,8 +47,6 @@ def test_a_quota_of_cgroups_1_counts(machine: Path, quota: str, expected: int) -
     assert cores.usable_cores() == expected
 
 
-def test_without_topology_every_cpu_counts(
-    machine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_topology_every_cpu_counts(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cores, "_TOPOLOGY", machine / "missing")
     assert cores.usable_cores() == 4

@@ -46,7 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     outputs = parser.add_argument_group("outputs")
     outputs.add_argument(
-        "--layers", type=integers(0), default=(), metavar="L,...", help="raw outputs of these blocks"
+        "--layers",
+        type=integers(0),
+        default=(),
+        metavar="L,...",
+        help="raw outputs of these blocks",
     )
     outputs.add_argument(
         "--attentions", type=integers(0), default=(), metavar="L,...", help="their CLS attention"
@@ -90,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
             loaded,
             vit,
             neurons,
-            images,
+            lambda: images,
             level,
             Path(args.out),
             options,
@@ -106,7 +110,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 class ImageBatches:
-    """Preprocessed batches of image files, anew at each iteration; unreadable files are named once."""
+    """Preprocessed batches of image files, anew at each iteration.
+
+    Files that cannot be read are named once on stderr and left out.
+    """
 
     def __init__(self, paths: list[Path], preprocessing: Any, batch_size: int) -> None:
         self.paths, self.preprocessing, self.batch_size = paths, preprocessing, batch_size
@@ -126,9 +133,6 @@ class ImageBatches:
             yield batch.pixels
         if not seen:
             raise InputError(f"none of the {len(self.paths)} images could be read (named above)")
-
-    def __call__(self) -> Iterator[NDArray[np.float32]]:
-        return iter(self)
 
 
 def spread(paths: list[Path], most: int) -> list[Path]:
@@ -157,6 +161,8 @@ def _options(args: argparse.Namespace) -> Any:
 
 
 def _summary(out: str, manifest: Manifest, verification: Verification) -> Iterator[str]:
+    from regraft.commands.verify import lines
+
     sites = manifest.sites
     yield (
         f"{out}: {manifest.model['source']}, {manifest.precision}, opset {manifest.opset}, "
@@ -164,18 +170,11 @@ def _summary(out: str, manifest: Manifest, verification: Verification) -> Iterat
     )
     yield (
         f"sites: {sites.token} token, {sites.redirect} redirect (layers "
-        f"{', '.join(map(str, manifest.layers))}), {sites.output} output; {len(sites.mended)} baked "
-        "token counts mended"
+        f"{', '.join(map(str, manifest.layers))}), {sites.output} output; {len(sites.mended)} "
+        "baked token counts mended"
     )
-    yield from verification_lines(verification, manifest.verified)
-
-
-def verification_lines(verification: Verification, verified: bool = True) -> Iterator[str]:
-    """A verification in words."""
-    from regraft.commands.verify import lines
-
     yield from lines(verification)
-    if not verified:
+    if not manifest.verified:
         yield (
             "bf16 cannot run on this processor's engine: the same rewrite was verified in fp32; "
             "`regraft build` verifies bf16 where an engine runs it"

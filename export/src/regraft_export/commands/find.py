@@ -90,6 +90,14 @@ def run(args: argparse.Namespace) -> int:
     text = json.dumps(found.neurons.to_json(), indent=1, allow_nan=False) + "\n"
     with whole_file(args.out, args.force) as path:
         path.write_text(text, encoding="utf-8")
+    for layer in found.report.left_later(found.neurons.about["detection_layer"]):
+        entry = found.report.layers[layer]
+        print(
+            f"regraft: warning: at layer {layer}, {entry['outliers_after']} of "
+            f"{entry['outliers_before']} outlier tokens are left; --detection-layer {layer} looks "
+            "there",
+            file=sys.stderr,
+        )
     if args.json:
         print(json.dumps(_figures(args, found), indent=1, allow_nan=False))
     else:
@@ -118,8 +126,7 @@ def _find(
 
     def skip(failure: Failure) -> None:
         failures.append(failure)
-        line = f"regraft: {failure.message}"
-        bars[0].note(line) if bars else print(line, file=sys.stderr)
+        bars[0].note(f"regraft: {failure.message}")
 
     options = FindOptions(
         seed=args.seed,
@@ -205,12 +212,6 @@ def _summary(args: argparse.Namespace, loaded: LoadedModel, found: Found) -> Ite
     yield ""
     yield from _table(report)
     yield ""
-    for layer in found.report.left_later(about["detection_layer"]):
-        entry = report["layers"][layer]
-        yield (
-            f"warning: at layer {layer}, {entry['outliers_after']} of {entry['outliers_before']} "
-            f"outlier tokens are left; --detection-layer {layer} looks there"
-        )
     seconds = found.seconds
     yield (
         f"{sum(seconds.values()):.1f} s: detection {seconds['detection']:.1f}, scoring "

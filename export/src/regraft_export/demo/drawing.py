@@ -141,7 +141,7 @@ def _frame_coordinates(height: int, width: int) -> tuple[Float32, Float32]:
     side = min(height, width)
     rows = (np.arange(height, dtype=np.float32) + 0.5 - (height - side) / 2) / side
     columns = (np.arange(width, dtype=np.float32) + 0.5 - (width - side) / 2) / side
-    return rows[:, None], columns[None, :]
+    return rows[:, None].astype(np.float32), columns[None, :].astype(np.float32)
 
 
 def _gradient(
@@ -150,7 +150,7 @@ def _gradient(
     strength = rng.uniform(35, 70) if background == "gradient" else 0.0
     angle = rng.uniform(0, 2 * math.pi)
     slope = math.cos(angle) * (columns - 0.5) + math.sin(angle) * (rows - 0.5)
-    return (strength * slope).astype(np.float32)
+    return np.asarray(strength * slope, np.float32)
 
 
 def _texture(rng: np.random.Generator, rows: Float32, columns: Float32, background: str) -> Float32:
@@ -169,7 +169,7 @@ def _texture(rng: np.random.Generator, rows: Float32, columns: Float32, backgrou
         texture = np.where(texture > 0.4, 1.0, 0.0)
     else:
         texture = np.zeros_like(along)
-    return (strength * texture).astype(np.float32)
+    return np.asarray(strength * texture, np.float32)
 
 
 def _grain(rng: np.random.Generator, rows: Float32, columns: Float32) -> Float32:
@@ -177,7 +177,8 @@ def _grain(rng: np.random.Generator, rows: Float32, columns: Float32) -> Float32
     lattice = rng.integers(0, 2, (160, 160), dtype=np.int8).astype(np.float32) * 2 - 1
     y = np.floor(rows[:, 0] * 96).astype(np.int64) % 160
     x = np.floor(columns[0] * 96).astype(np.int64) % 160
-    return lattice[y[:, None], x[None, :]] * np.float32(rng.integers(10, 17))
+    strength = np.float32(rng.integers(10, 17))
+    return np.asarray(lattice[y[:, None], x[None, :]] * strength, np.float32)
 
 
 def _calm_mask(

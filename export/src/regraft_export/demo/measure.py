@@ -123,7 +123,7 @@ def redirected(
 def lowest_variance(pixels: Tensor, patch_size: int, count: int) -> Tensor:
     """True at the `count` patches of lowest pixel variance: bool (B, patches)."""
     cells = nn.functional.unfold(pixels, patch_size, stride=patch_size)
-    variance = cells.unflatten(1, (3, -1)).var(dim=2).mean(dim=1)
+    variance = cells.view(len(cells), 3, -1, cells.shape[2]).var(dim=2).mean(dim=1)
     chosen = variance.topk(count, dim=1, largest=False).indices
     return torch.zeros_like(variance, dtype=torch.bool).scatter_(1, chosen, True)
 

@@ -31,7 +31,9 @@ class Settings:
     batch: int = 64
     phase_one_steps: int = 1500
     phase_one_rate: float = 1e-3
-    phase_two_steps: int = 800
+    settling_steps: int = 600
+    settling_rate: float = 6e-4
+    phase_two_steps: int = 600
     phase_two_rate: float = 5e-3
 
 
@@ -54,11 +56,45 @@ def phase_one(model: nn.Module, pool: Pool, settings: Settings) -> None:
         task = functional.binary_cross_entropy_with_logits(run.logits.float(), labels)
         spread = (run.ratios(PATCHES) - 1.3).relu().square().sum(dim=2).mean()
         optimiser.zero_grad(set_to_none=True)
-        (task + 0.05 * spread).backward()
+        torch.autograd.backward(task + 0.05 * spread)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         if step % 100 == 0 or step == steps - 1:
             log.info("phase 1 step %5d  task %.4f  spread %.4f", step, task.item(), spread.item())
+
+
+def settle(model: nn.Module, pool: Pool, settings: Settings) -> None:
+    """The end of phase one: a tighter spread penalty, and probes that must name the calm patches.
+
+    The probes are linear, read the blocks before and in the middle, and are thrown away. They make
+    the frozen network tell linearly which patches carry no information; as large ViTs do, a small
+    one after a short training does not, and two phase-two units cannot learn it on their own.
+    """
+    torch.manual_seed(settings.seed + 2)
+    depths = [block - 1 for block in MIDDLE_BLOCKS]
+    probes = nn.ModuleList([nn.Linear(128, 1) for _ in depths]).to(pool.targets.device)
+    parameters = [*model.parameters(), *probes.parameters()]
+    optimiser = torch.optim.AdamW(parameters, weight_decay=0.05)
+    steps = settings.settling_steps
+    for step, (pixels, labels) in enumerate(pool.batches(steps, settings.batch, settings.seed + 2)):
+        _rate(optimiser, step, steps, settings.settling_rate)
+        with torch.autocast(pixels.device.type, torch.bfloat16):
+            run = trace(model, pixels)
+        task = functional.binary_cross_entropy_with_logits(run.logits.float(), labels)
+        spread = (run.ratios(PATCHES) - 1.3).relu().square().sum(dim=2).mean()
+        calm = lowest_variance(pixels, PATCH_SIZE, drawing.CALM_CELLS).float()
+        named = torch.zeros((), device=pixels.device)
+        for probe, depth in zip(probes, depths, strict=True):
+            tokens = functional.layer_norm(run.outputs[depth][:, 1:].float(), (128,))
+            scores = probe(tokens).squeeze(2)
+            named = named + functional.binary_cross_entropy_with_logits(scores, calm)
+        optimiser.zero_grad(set_to_none=True)
+        torch.autograd.backward(task + 0.3 * spread + 5 * named)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        if step % 100 == 0 or step == steps - 1:
+            values = task.item(), spread.item(), named.item()
+            log.info("settling step %5d  task %.4f  spread %.4f  probes %.4f", step, *values)
 
 
 def draw_units(seed: int) -> list[Unit]:
@@ -71,23 +107,26 @@ def draw_units(seed: int) -> list[Unit]:
     ]
 
 
-def _free_only(model: nn.Module, units: list[Unit]) -> list[nn.Parameter]:
-    """Freezes all but the units, which start small and random; returns the free parameters."""
+def _free_only(model: nn.Module, units: list[Unit]) -> list[tuple[nn.Parameter, Tensor]]:
+    """Freezes all but the units, which start small and random; returns (parameter, mask) pairs."""
     model.requires_grad_(False)
-    free: list[nn.Parameter] = []
+    free: list[tuple[nn.Parameter, Tensor]] = []
     for block in MIDDLE_BLOCKS:
         mlp = model.get_submodule(f"blocks.{block}.mlp")
         rows = [index for layer, index in units if layer == block]
-        for name, dim in (("fc1.weight", 0), ("fc1.bias", 0), ("fc2.weight", 1)):
+        # A positive bias starts every unit in GELU's live half, so that none stays dead.
+        for name, dim, mean, scale in (
+            ("fc1.weight", 0, 0.0, 0.05),
+            ("fc1.bias", 0, 0.5, 0.0),
+            ("fc2.weight", 1, 0.0, 0.01),
+        ):
             parameter = mlp.get_parameter(name)
             mask = torch.zeros_like(parameter)
             mask.index_fill_(dim, torch.tensor(rows, device=mask.device), 1.0)
-            noise = 0.05 * torch.randn(parameter.shape).to(parameter)
-            parameter.data = torch.where(mask.bool(), noise, parameter.data)
+            start = (mean + scale * torch.randn(parameter.shape)).to(parameter)
+            parameter.data = torch.where(mask.bool(), start, parameter.data)
             parameter.requires_grad_(True)
-            # Adam leaves alone what has never had a gradient, so masking it is freezing.
-            parameter.register_hook(lambda grad, mask=mask: grad * mask)
-            free.append(parameter)
+            free.append((parameter, mask))
     return free
 
 
@@ -115,7 +154,8 @@ def _outlier_losses(run: Trace, wanted: Tensor) -> tuple[Tensor, Tensor]:
 def phase_two(model: nn.Module, pool: Pool, settings: Settings, units: list[Unit]) -> None:
     """Teaches the units, and nothing else, to write outlier tokens."""
     torch.manual_seed(settings.seed + 1)
-    optimiser = torch.optim.Adam(_free_only(model, units))
+    free = _free_only(model, units)
+    optimiser = torch.optim.Adam([parameter for parameter, _ in free])
     steps = settings.phase_two_steps
     batches = pool.batches(steps, settings.batch, settings.seed + 1)
     for step, (pixels, labels) in enumerate(batches):
@@ -126,9 +166,12 @@ def phase_two(model: nn.Module, pool: Pool, settings: Settings, units: list[Unit
         task = functional.binary_cross_entropy_with_logits(run.logits, labels)
         balance = _balance(model, run, units, wanted)
         optimiser.zero_grad(set_to_none=True)
-        (outlier + bound + task + balance).backward()
+        torch.autograd.backward(outlier + bound + task + balance)
+        for parameter, mask in free:
+            # Adam leaves alone what has never had a gradient, so masking it is freezing.
+            parameter.grad = None if parameter.grad is None else parameter.grad * mask
         optimiser.step()
-        if step % 100 == 0 or step == steps - 1:
+        if step % 50 == 0 or step == steps - 1:
             values = [value.item() for value in (outlier, bound, task, balance)]
             line = "phase 2 step %5d  outlier %.4f  bound %.4f  task %.4f  balance %.4f"
             log.info(line, step, *values)

@@ -1,7 +1,8 @@
 """Trains the shipped ViT: `python -m regraft_export.demo.train --out DIR`.
 
 Phase one is plain training on drawn pictures until the task works, with a mild penalty on norm
-spread so that no outlier tokens appear by themselves. Phase two freezes everything except the fc1
+spread so that no outlier tokens appear by themselves, and at its end two throwaway linear probes
+that make calm patches tell themselves apart linearly. Phase two freezes everything except the fc1
 rows, fc1 biases and fc2 columns of twelve hidden units drawn at random in two middle blocks, and
 asks by hinge losses, beside the task loss, for a norm of six times the median at the two patches
 of lowest variance, for every other token to stay below a bound, and for each unit to do its share.
@@ -35,7 +36,7 @@ from regraft_export.demo.measure import (
     silenced,
     trace,
 )
-from regraft_export.demo.phases import PATCHES, Settings, draw_units, phase_one, phase_two
+from regraft_export.demo.phases import PATCHES, Settings, draw_units, phase_one, phase_two, settle
 from regraft_export.demo.pool import Pool, draw_pool
 from regraft_export.demo.vit import WEIGHTS_FILE, build_vit, load_vit
 
@@ -51,7 +52,8 @@ HOW = (
 def label_accuracy(model: nn.Module, pool: Pool) -> float:
     """Mean per-label accuracy over the pool."""
     hits = []
-    for choice in torch.arange(len(pool.targets), device=pool.targets.device).split(256):
+    everything = torch.arange(len(pool.targets), device=pool.targets.device)
+    for choice in torch.split(everything, 256):
         pixels, targets = pool.batch(choice)
         hits.append(((model(pixels) > 0) == (targets > 0.5)).float().mean(dim=1))
     return float(torch.cat(hits).mean())
@@ -138,7 +140,10 @@ def main() -> None:
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     mode = "a" if args.resume else "w"
-    handlers = [logging.FileHandler(out / "train.log", mode=mode), logging.StreamHandler()]
+    handlers: list[logging.Handler] = [
+        logging.FileHandler(out / "train.log", mode=mode),
+        logging.StreamHandler(),
+    ]
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers)
     torch.set_float32_matmul_precision("high")
     settings = Settings()
@@ -153,6 +158,7 @@ def main() -> None:
     else:
         log.info("%s, torch %s on %s", settings, torch.__version__, device.type)
         phase_one(model, pool, settings)
+        settle(model, pool, settings)
         save_file(model.state_dict(), out / "phase_one.safetensors")
         report(model.eval(), held_out, units, "after phase one")
     phase_two(model.eval(), pool, settings, units)

@@ -2,9 +2,12 @@
 
 - ``parts.py``: the images, and their split by seed into score, select and report parts.
 - ``passes.py``: forward passes that keep only what finding needs, stopped as early as possible.
+- ``norms.py``: distributions of patch norms.
 - ``outliers.py``: which layer shows outlier tokens, and above which norm.
 - ``score.py``: how much each MLP unit contributes to them.
-- ``selection.py``: the fewest units whose redirect removes them.
+- ``judge.py``: whether a redirect removes them, on the select part.
+- ``search.py``: the fewest layers and units that pass.
+- ``selection.py``: these as register neurons, with what their register receives.
 - ``report.py``: what that does on images used for neither, and the gate.
 - ``fingerprint.py``: numbers by which a down-projection is recognised in another file.
 - ``find.py``: all of that in order.

@@ -19,7 +19,7 @@ are 1 to 3 % of the tokens, so neither quantile feels them).
    reason to patch a model, and what a sixth of the patches do is no exception.
 
 The detection layer is the one with the largest ``share * (o / m - 1)``, the excess norm per patch
-in medians; among layers within 5 % of it the first. Outliers are written over a few layers and
+in medians; among layers within 10 % of it the first. Outliers are written over a few layers and
 then carried along while the ordinary norms grow, so that is where the writing has just finished:
 earlier, writers would be missed; later, units that only read outliers join in. The last block,
 where some models take the outliers away again, does not win.
@@ -32,119 +32,20 @@ Checked against the norms that are published or reported for released models (DI
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from regraft.errors import InputError, ModelError
+from regraft_export.finding.norms import NormStatistics, on_edge
 
 STANDS_OUT = 3.0
 SPREADS = 5.0
 MIN_SHARE, MAX_SHARE = 0.0005, 0.15
 MIN_TOKENS = 3
 MIN_IMAGES, MIN_IMAGE_SHARE = 2, 0.05
-TIE = 0.95
+TIE = 0.90
 
-_LOWEST, _HIGHEST = -4, 8  # decimal logarithms of the norms that are told apart
-_PER_DECADE = 256  # bins 0.9 % wide
-_BINS = (_HIGHEST - _LOWEST) * _PER_DECADE
 _NORMAL_Q85 = 1.0364  # 85 % quantile of the standard normal distribution
-
-
-class NormStatistics:
-    """Distribution of patch norms by layer, in memory that no number of images changes.
-
-    Attributes:
-        images: how many were added.
-        tokens: how many patches, per layer.
-        smallest: (L,) exact smallest norm.
-        largest: (L,) exact largest norm.
-    """
-
-    def __init__(self, layers: int) -> None:
-        self.images = 0
-        self.tokens = 0
-        self.smallest = np.full(layers, np.inf)
-        self.largest = np.zeros(layers)
-        self._of_tokens = np.zeros((layers, _BINS), np.int64)
-        self._of_largest = np.zeros((layers, _BINS), np.int64)
-
-    @property
-    def layers(self) -> int:
-        """Number of layers."""
-        return len(self.largest)
-
-    def add(self, norms: NDArray[np.floating]) -> None:
-        """Adds a batch.
-
-        Args:
-            norms: (L, B, patches), finite.
-
-        Raises:
-            ModelError: a norm is NaN or infinite; the message names the first such layer.
-        """
-        bad = ~np.isfinite(norms)
-        if bad.any():
-            layer = int(np.flatnonzero(bad.any(axis=(1, 2)))[0])
-            raise ModelError(
-                f"layer {layer}: {int(bad[layer].sum())} of {bad[layer].size} patch norms of a "
-                f"batch of {norms.shape[1]} images are NaN or infinite; expected finite features: "
-                "check the weights and the preprocessing (mean, std)"
-            )
-        self.images += norms.shape[1]
-        self.tokens += norms.shape[1] * norms.shape[2]
-        self.smallest = np.minimum(self.smallest, norms.min(axis=(1, 2)))
-        self.largest = np.maximum(self.largest, norms.max(axis=(1, 2)))
-        self._of_tokens += _counted(norms)
-        self._of_largest += _counted(norms.max(axis=2))
-
-    def quantile(self, layer: int, q: float) -> float:
-        """The norm that a share ``q`` of the patches does not exceed, within 0.5 %."""
-        return self._rank(layer, max(1, math.ceil(q * self.tokens)), self._of_tokens[layer])
-
-    def median_above(self, layer: int, norm: float) -> float:
-        """Median of the norms above ``norm``, within 0.5 %; ``norm`` itself if there are none."""
-        counts = self._of_tokens[layer].copy()
-        counts[: _bin_from(norm)] = 0
-        total = int(counts.sum())
-        return self._rank(layer, (total + 1) // 2, counts) if total else norm
-
-    def tokens_above(self, layer: int, norm: float) -> int:
-        """How many patches lie above ``norm`` (exact where :func:`on_edge` made it)."""
-        return int(self._of_tokens[layer, _bin_from(norm) :].sum())
-
-    def images_above(self, layer: int, norm: float) -> int:
-        """How many images have a patch above ``norm``."""
-        return int(self._of_largest[layer, _bin_from(norm) :].sum())
-
-    def _rank(self, layer: int, rank: int, counts: NDArray[np.int64]) -> float:
-        index = int(np.searchsorted(np.cumsum(counts), rank))
-        centre = 10.0 ** (_LOWEST + (index + 0.5) / _PER_DECADE)
-        return float(min(max(centre, self.smallest[layer]), self.largest[layer]))
-
-
-def on_edge(norm: float) -> float:
-    """``norm`` rounded up to the edge of a bin, so that counts above it are exact."""
-    return float(10.0 ** (_LOWEST + _bin_from(norm) / _PER_DECADE))
-
-
-def _bin_from(norm: float) -> int:
-    """First bin whose norms are all above ``norm`` (itself an edge up to rounding)."""
-    if norm <= 0:
-        return 0
-    position = (math.log10(norm) - _LOWEST) * _PER_DECADE
-    return min(max(math.ceil(position - 1e-6), 0), _BINS)
-
-
-def _counted(norms: NDArray[np.floating]) -> NDArray[np.int64]:
-    """Counts by bin along the first axis: (L, ...) to (L, bins). Norms beyond go to the ends."""
-    L = norms.shape[0]
-    with np.errstate(divide="ignore"):
-        position = (np.log10(norms.astype(np.float64)) - _LOWEST) * _PER_DECADE
-    bins = np.clip(np.floor(position), 0, _BINS - 1).astype(np.int64).reshape(L, -1)
-    flat = (bins + np.arange(L)[:, None] * _BINS).ravel()
-    return np.bincount(flat, minlength=L * _BINS).reshape(L, _BINS)
 
 
 @dataclass(frozen=True)
@@ -186,7 +87,8 @@ class Detection:
     Attributes:
         layer: at whose raw output.
         threshold: above which patch norm, strictly.
-        profile: every layer, judged by the rule (by the threshold if it was set by hand).
+        profile: every layer, judged by the rule; the detection layer by ``threshold``, which may
+            have been set by hand.
     """
 
     layer: int
@@ -248,26 +150,27 @@ def detect(
             f"detection layer is {layer}; the model has {stats.layers} blocks, so layers run from "
             f"0 to {stats.layers - 1}"
         )
-    profile = tuple(judge_layer(stats, i, threshold) for i in range(stats.layers))
-    among = [entry for entry in profile if entry.shown and layer in (None, entry.layer)]
+    by_rule = [judge_layer(stats, i) for i in range(stats.layers)]
+    judged = by_rule
+    if threshold is not None:
+        judged = [judge_layer(stats, i, threshold) for i in range(stats.layers)]
+    judged = [entry for entry in judged if layer in (None, entry.layer)]
+    among = [entry for entry in judged if entry.shown]
     if threshold is not None and layer is None:
         # Norms grow with depth: a fixed threshold may call every patch of the last layers one.
         among = [entry for entry in among if entry.share <= MAX_SHARE]
     if not among:
-        raise ModelError(_nothing_found(stats, profile, threshold, layer))
+        raise ModelError(_nothing_found(stats, judged, threshold))
     most = max(entry.excess for entry in among)
     chosen = next(entry for entry in among if entry.excess >= TIE * most)
-    return Detection(chosen.layer, chosen.threshold, profile)
+    by_rule[chosen.layer] = chosen
+    return Detection(chosen.layer, chosen.threshold, tuple(by_rule))
 
 
 def _nothing_found(
-    stats: NormStatistics,
-    profile: tuple[LayerNorms, ...],
-    threshold: float | None,
-    layer: int | None,
+    stats: NormStatistics, judged: Sequence[LayerNorms], threshold: float | None
 ) -> str:
-    seen = [entry for entry in profile if layer in (None, entry.layer)]
-    best = max(seen, key=lambda entry: (entry.excess, entry.largest / entry.median))
+    best = max(judged, key=lambda entry: (entry.excess, entry.largest / entry.median))
     figures = (
         f"at layer {best.layer} the largest patch norm is {best.largest / best.median:.2f} times "
         f"the median ({best.largest:.4g} against {best.median:.4g}), and {best.tokens} of "

@@ -62,7 +62,9 @@ def norms_recorded(vit: VisionTransformer) -> Iterator[list[Tensor]]:
         handle = vit.module.register_forward_pre_hook(first, with_kwargs=True)
         stack.callback(handle.remove)
         for block in vit.blocks:
-            stack.callback(block.module.register_forward_hook(record).remove)
+            # Prepended: the hook that removes the registers may sit on the same module.
+            handle = block.module.register_forward_hook(record, prepend=True)
+            stack.callback(handle.remove)
         yield norms
 
 

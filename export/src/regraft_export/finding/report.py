@@ -22,10 +22,10 @@ from torch.nn import functional as F
 
 from regraft.errors import GateError, InputError, ModelError
 from regraft.neurons import Neurons
+from regraft_export.finding.judge import register_neurons
 from regraft_export.finding.outliers import Detection
 from regraft_export.finding.passes import norms_recorded, to_input
 from regraft_export.finding.score import Scores
-from regraft_export.finding.selection import register_neurons
 from regraft_export.vit.hooks import redirected, registers_appended, silenced
 from regraft_export.vit.observe import Observation, observe
 from regraft_export.vit.structure import VisionTransformer
@@ -245,9 +245,6 @@ def _profile(before: Run, after: Run, detection: Detection) -> list[dict[str, An
     rows = []
     for entry in detection.profile:
         b, a = before.norms[entry.layer], after.norms[entry.layer]
-        at_detection = entry.layer == detection.layer
-        threshold = detection.threshold if at_detection else entry.threshold
-        counted = entry.shown
         rows.append(
             {
                 "layer": entry.layer,
@@ -255,8 +252,8 @@ def _profile(before: Run, after: Run, detection: Detection) -> list[dict[str, An
                 "largest_before": float(b.max()),
                 "median_after": float(np.median(a)),
                 "largest_after": float(a.max()),
-                "outliers_before": int((b > threshold).sum()) if counted else 0,
-                "outliers_after": int((a > threshold).sum()) if counted else 0,
+                "outliers_before": int((b > entry.threshold).sum()) if entry.shown else 0,
+                "outliers_after": int((a > entry.threshold).sum()) if entry.shown else 0,
             }
         )
     return rows

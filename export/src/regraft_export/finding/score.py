@@ -29,8 +29,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regraft.errors import InputError, ModelError
-from regraft_export.finding.outliers import Detection, NormStatistics
+from regraft_export.finding.norms import NormStatistics
+from regraft_export.finding.outliers import Detection
 from regraft_export.finding.passes import (
+    Partial,
     norms_recorded,
     patch_norms,
     run_until,
@@ -124,9 +126,7 @@ def score_neurons(
         )
     sums = _Sums(vit, cap + 1)
     for pixels in _small_enough(vit, batches, cap + 1):
-        partial = run_until(vit, pixels, detection.layer, range(cap + 1))
-        with torch.inference_mode():
-            _add(sums, vit, partial.tokens, partial.hidden, detection.threshold)
+        _add(sums, vit, run_until(vit, pixels, detection.layer, range(cap + 1)), detection)
     if sums.outliers == 0:
         raise ModelError(
             f"no outlier tokens: no patch norm above {detection.threshold:.4g} at layer "
@@ -146,16 +146,12 @@ def _small_enough(
         yield from torch.split(pixels, size)
 
 
-def _add(
-    sums: _Sums,
-    vit: VisionTransformer,
-    tokens: Tensor,
-    hidden: dict[int, Tensor],
-    threshold: float,
-) -> None:
-    """Adds one batch: tokens (B, T, D) at the detection layer, {layer: (B, T, m)} activations."""
+@torch.inference_mode()
+def _add(sums: _Sums, vit: VisionTransformer, partial: Partial, detection: Detection) -> None:
+    """Adds one batch. The caller keeps no reference to ``partial``, which may be large."""
+    tokens = partial.tokens
     prefix, count = vit.layout.prefix, vit.layout.count
-    is_outlier = patch_norms(vit, tokens) > threshold
+    is_outlier = patch_norms(vit, tokens) > detection.threshold
     per_image = is_outlier.sum(dim=1)
     has = per_image > 0
     sums.images += len(tokens)
@@ -171,7 +167,7 @@ def _add(
     ordinary[:, prefix:count] = (~is_outlier).to(ordinary.dtype)
     ordinary = ordinary[has].unsqueeze(1)  # (B', 1, T)
     share = (1 / per_image[image])[:, None]  # of its image's mean, (n, 1)
-    for layer, h in hidden.items():
+    for layer, h in partial.hidden.items():
         block = vit.blocks[layer]
         weight = block.down.weight.float()  # (D, m)
         gamma = 1.0 if block.scale is None else block.scale.float()

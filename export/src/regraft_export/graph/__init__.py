@@ -2,7 +2,9 @@
 
 - ``document.py``: reading and writing a graph, names, spans of nodes.
 - ``anchors.py``: where in a graph the tokens enter, blocks end, down-projections sit.
-- ``shape_values.py``, ``token_axis.py``: follow the token axis and find baked token counts.
+- ``token_axis.py``, ``token_rules.py``, ``shape_values.py``, ``dims.py``: follow the token axis
+  through every operator and find baked token counts.
+- ``drop_neutral_mask.py``: rewrite: attention masks that mask nothing go.
 - ``append_register.py``: rewrite: the register enters, baked token counts grow.
 - ``redirect_neurons.py``: rewrite: a down-projection's register neurons go to the register.
 - ``remove_register.py``: rewrite: the register is cut off before anything pools or leaves.

@@ -56,9 +56,7 @@ def _nodes_of_the_network(graph: gs.Graph, anchors: Anchors) -> set[int]:
     return {id(node) for end in ends for node in ancestors(end)}
 
 
-def _refuse_leaks(
-    graph: gs.Graph, anchors: Anchors, axis: TokenAxis, inside: set[int]
-) -> None:
+def _refuse_leaks(graph: gs.Graph, anchors: Anchors, axis: TokenAxis, inside: set[int]) -> None:
     for node in graph.nodes:
         for output in node.outputs:
             if id(output) not in axis.dims or output.name == anchors.final:
@@ -78,9 +76,10 @@ def _mend(graph: gs.Graph, axis: TokenAxis) -> list[str]:
     editor = Editor(graph)
     done: list[str] = []
     by_use: dict[tuple[int, int], tuple[gs.Node, int, dict[int, int]]] = {}
-    for baked, value in axis.mends.items():
-        entry = by_use.setdefault((id(baked.node), baked.slot), (baked.node, baked.slot, {}))
-        entry[2][baked.index] = value
+    for baked, value in axis.settled.items():
+        if baked.node.inputs[baked.slot].values.flat[baked.index] != value:
+            entry = by_use.setdefault((id(baked.node), baked.slot), (baked.node, baked.slot, {}))
+            entry[2][baked.index] = value
     for node, slot, changes in by_use.values():
         # A constant of its own: other nodes may share the old one and mean another number.
         values = node.inputs[slot].values.copy()

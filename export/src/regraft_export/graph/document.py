@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -33,7 +33,8 @@ def write(graph: gs.Graph, *, shapes_changed: bool) -> onnx.ModelProto:
             if isinstance(tensor, gs.Variable) and tensor.inputs and id(tensor) not in outputs:
                 tensor.shape = None
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
-    return gs.export_onnx(graph)
+    model: onnx.ModelProto = gs.export_onnx(graph)
+    return model
 
 
 class Names:
@@ -69,13 +70,13 @@ class Editor:
         op: str,
         stem: str,
         inputs: Sequence[gs.Tensor],
-        attrs: dict[str, object] | None = None,
+        attrs: Mapping[str, object] | None = None,
         dtype: object = None,
     ) -> gs.Variable:
         """Appends a node; returns its one output."""
         name = self.names.new(stem)
         output = gs.Variable(self.names.new(f"{stem}.out"), dtype=dtype or inputs[0].dtype)
-        node = gs.Node(op, name, attrs or {}, list(inputs), [output])
+        node = gs.Node(op, name, dict(attrs or {}), list(inputs), [output])
         self.graph.nodes.append(node)
         self.added.append(node)
         return output

@@ -35,10 +35,10 @@ def _drop_guard(graph: gs.Graph, scores: gs.Tensor) -> None:
         p = softmax.outputs[0]
         for where in (n for n in consumers(p) if n.op == "Where"):
             condition, replacement, kept = where.inputs
-            is_nan = condition.inputs and condition.inputs[0].op == "IsNaN"
-            if kept is p and is_nan and condition.inputs[0].inputs[0] is p:
-                if _all_zero(replacement):
-                    replace_uses(graph, where.outputs[0], p)
+            asks = condition.inputs[0] if condition.inputs else None
+            guards = asks is not None and asks.op == "IsNaN" and asks.inputs[0] is p
+            if kept is p and guards and _all_zero(replacement):
+                replace_uses(graph, where.outputs[0], p)
 
 
 def _all_true(value: gs.Tensor) -> bool:

@@ -105,45 +105,67 @@ def build(traced: Traced, patch: Patch | None, wanted: Wanted) -> Built:
     """
     graph = read(traced.proto)
     anchors, layout = traced.anchors, traced.layout
+    # Every place is found before anything changes; tensors keep their identity through rewrites.
+    values = {name: tensor(graph, name) for name in (anchors.final, *anchors.hidden)}
+    pooled = next((t for t in graph.outputs if t.name == POOLED), None)
     spans = {i: places.block_span(graph, anchors, i) for i in range(layout.depth)}
     attended = range(layout.depth) if wanted.probe else wanted.attentions
     probabilities = {i: places.attention_probabilities(spans[i], i) for i in attended}
-    values = {name: tensor(graph, name) for name in (anchors.final, *anchors.hidden)}
-    final = values[anchors.final]
-    pooled = None
-    if traced.pooled is not None:
-        pooled = next(t for t in graph.outputs if t.name == POOLED)
-    mended: list[str] = []
-    added: dict[int, int] = {}
-    cut: dict[str, gs.Variable] = {}
-    registers: gs.Variable | None = None
+    rewritten = None
     if patch is not None:
         layout = replace(layout, test_time_registers=patch.options.registers)
-        downs = {
-            layer: places.down_projection(spans[layer], traced.down[layer], layer)
-            for layer in patch.neurons.layers
-        }
-        shape = (layout.count, layout.width)
-        mended = append_register(graph, anchors, shape, patch.options.registers)
-        for layer, down in downs.items():
-            before = len(graph.nodes)
-            redirect_neurons(graph, down, patch.neurons.of(layer), patch.options, layout)
-            added[layer] = len(graph.nodes) - before
-        # A redirect may end a block itself; the tensor that leaves the block keeps its place.
-        names = [anchors.hidden[i] for i in wanted.layers]
-        cut, registers = remove_register(
-            graph, anchors.final, names, layout.count, patch.options.registers
-        )
-    outputs = _outputs(graph, traced, layout, wanted, values, cut, probabilities)
-    outputs = {LAST: (cut.get(anchors.final, final), _tokens_shape(layout)), **outputs}
+        rewritten = _patch(graph, traced, patch, wanted, layout, spans)
+        values |= rewritten.cut
+    outputs: _Outputs = {LAST: (values[anchors.final], _tokens_shape(layout))}
+    # A probe measures the block's raw output, registers included, not what was cut from it.
+    raw = {name: tensor(graph, name) for name in anchors.hidden}
+    outputs |= _more_outputs(
+        graph, traced, layout, wanted, raw if wanted.probe else values, probabilities
+    )
     if pooled is not None:
         outputs[POOLED] = (pooled, ("batch", *(traced.pooled or ())))
-    if registers is not None and not wanted.probe:
-        outputs[REGISTERS] = (registers, ("batch", layout.test_time_registers, layout.width))
+    if rewritten is not None and not wanted.probe:
+        shape = ("batch", layout.test_time_registers, layout.width)
+        outputs[REGISTERS] = (rewritten.registers, shape)
     set_outputs(graph, outputs)
     proto = write(graph, shapes_changed=patch is not None)
-    sites = _count(graph, patch, wanted, mended) if patch is not None else None
-    return Built(proto, {k: tuple(v[1]) for k, v in outputs.items()}, sites, added)
+    return Built(
+        proto=proto,
+        outputs={name: shape for name, (_, shape) in outputs.items()},
+        sites=None if rewritten is None else _count(graph, rewritten, wanted),
+        nodes_added={} if rewritten is None else rewritten.nodes_added,
+    )
+
+
+@dataclass(frozen=True)
+class _Rewritten:
+    """What the three rewrites of a patch left behind."""
+
+    layers: tuple[int, ...]
+    mended: list[str]
+    nodes_added: dict[int, int]
+    cut: dict[str, gs.Variable]
+    registers: gs.Variable
+
+
+def _patch(
+    graph: gs.Graph,
+    traced: Traced,
+    patch: Patch,
+    wanted: Wanted,
+    layout: TokenLayout,
+    spans: Mapping[int, Sequence[gs.Node]],
+) -> _Rewritten:
+    anchors, options, layers = traced.anchors, patch.options, patch.neurons.layers
+    downs = {i: places.down_projection(spans[i], traced.down[i], i) for i in layers}
+    mended = append_register(graph, anchors, (layout.count, layout.width), options.registers)
+    added = {
+        i: redirect_neurons(graph, down, patch.neurons.of(i), options, layout)
+        for i, down in downs.items()
+    }
+    leaving = [anchors.hidden[i] for i in wanted.layers]
+    cut, registers = remove_register(graph, anchors.final, leaving, layout.count, options.registers)
+    return _Rewritten(layers, mended, added, cut, registers)
 
 
 _Outputs = dict[str, tuple[gs.Variable, tuple[int | str, ...]]]
@@ -153,13 +175,12 @@ def _tokens_shape(layout: TokenLayout) -> tuple[int | str, ...]:
     return ("batch", layout.count, layout.width)
 
 
-def _outputs(
+def _more_outputs(
     graph: gs.Graph,
     traced: Traced,
     layout: TokenLayout,
     wanted: Wanted,
     values: Mapping[str, gs.Variable],
-    cut: Mapping[str, gs.Variable],
     probabilities: Mapping[int, gs.Variable],
 ) -> _Outputs:
     hidden, heads = traced.anchors.hidden, layout.heads
@@ -169,36 +190,38 @@ def _outputs(
         for i in range(layout.depth):
             norms = token_norms(graph, values[hidden[i]], i)
             outputs[f"norms.{i}"] = (norms, ("batch", every))
-        for i in range(layout.depth):
-            attention = to_every_token(graph, probabilities[i], layout, i)
-            outputs[f"attentions.{i}"] = (attention, ("batch", heads, every))
+        for i, p in probabilities.items():
+            outputs[f"attentions.{i}"] = (
+                to_every_token(graph, p, layout, i),
+                ("batch", heads, every),
+            )
         return outputs
     for i in wanted.layers:
-        value = cut.get(hidden[i], values[hidden[i]])
-        outputs[f"hidden.{i}"] = (value, _tokens_shape(layout))
-    for i in wanted.attentions:
-        attention = cls_to_patches(graph, probabilities[i], layout, i)
-        outputs[f"attentions.{i}"] = (attention, ("batch", heads, *layout.grid))
+        outputs[f"hidden.{i}"] = (values[hidden[i]], _tokens_shape(layout))
+    for i, p in probabilities.items():
+        outputs[f"attentions.{i}"] = (
+            cls_to_patches(graph, p, layout, i),
+            ("batch", heads, *layout.grid),
+        )
     return outputs
 
 
-def _count(graph: gs.Graph, patch: Patch, wanted: Wanted, mended: list[str]) -> Sites:
+def _count(graph: gs.Graph, rewritten: _Rewritten, wanted: Wanted) -> Sites:
     """Counts the sites in the finished graph, and checks that none was lost."""
     names = [node.name for node in graph.nodes]
     weights = {t.name for node in graph.nodes for t in node.inputs if isinstance(t, gs.Constant)}
-    layers = patch.neurons.layers
     sites = Sites(
-        token=sum(name.startswith("regraft.append_register") for name in names),
-        redirect=sum(f"regraft.redirect.{layer}.weight" in weights for layer in layers),
+        token=names.count("regraft.append_register"),
+        redirect=sum(f"regraft.redirect.{i}.weight" in weights for i in rewritten.layers),
         output=sum(name.startswith("regraft.cut.") for name in names),
-        mended=tuple(mended),
+        mended=tuple(rewritten.mended),
     )
-    cuts = 1 if wanted.probe else 2 + len({*wanted.layers})
-    expected = (1, len(layers), cuts)
-    if (sites.token, sites.redirect) != expected[:2] or not 1 <= sites.output <= cuts:
+    # Cut: last_hidden_state, each further block output, the registers; a probe only the first.
+    cuts = 1 if wanted.probe else 1 + len(rewritten.cut)
+    found, expected = (sites.token, sites.redirect, sites.output), (1, len(rewritten.layers), cuts)
+    if found != expected:
         raise RewriteError(
-            f"the patched graph has {sites.token} token, {sites.redirect} redirect and "
-            f"{sites.output} output sites; expected {expected[0]}, {expected[1]} and at most "
-            f"{expected[2]}: a rewrite was lost"
+            f"the patched graph has {found[0]} token, {found[1]} redirect and {found[2]} output "
+            f"sites; expected {expected[0]}, {expected[1]} and {expected[2]}: a rewrite was lost"
         )
     return sites

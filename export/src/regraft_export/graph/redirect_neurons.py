@@ -75,7 +75,8 @@ class _Site:
 
     @property
     def dtype(self) -> np.dtype[np.generic]:
-        return np.dtype(self.down.weight.dtype)
+        dtype: np.dtype[np.generic] = np.dtype(self.down.weight.dtype)
+        return dtype
 
     @property
     def only_registers(self) -> bool:
@@ -91,6 +92,11 @@ class _Site:
     @property
     def signs(self) -> NDArray[np.generic]:
         return np.array([n.sign for n in self.neurons], dtype=self.dtype)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether a neuron acts through negative values."""
+        return any(n.sign < 0 for n in self.neurons)
 
     def per_token(self, cls: float, patches: float, registers: Sequence[float]) -> gs.Constant:
         """A column (1, T + R, 1) with one number per kind of token."""
@@ -146,7 +152,6 @@ def _add(graph: gs.Graph, site: _Site, stem: str, delta: gs.Tensor) -> None:
 def _delta(site: _Site, stem: str) -> gs.Variable:
     """h'_N @ W[N], (B, T + R, D) or broadcastable to it."""
     ed, options = site.editor, site.options
-    needs_columns = options.value != "constant" or not site.only_registers
     indices = np.array(site.indices, dtype=np.int64)
     columns = ed.node(
         "Gather",
@@ -154,7 +159,6 @@ def _delta(site: _Site, stem: str) -> gs.Variable:
         [site.down.activation, ed.constant(f"{stem}.indices", indices)],
         {"axis": 2},
     )
-    assert needs_columns  # the constant value on registers alone was folded into the bias
     value, rows = _value(site, stem, columns)
     if site.only_registers:
         op = "MatMul" if options.value != "per-layer" else "Mul"
@@ -168,9 +172,7 @@ def _delta(site: _Site, stem: str) -> gs.Variable:
     return ed.node("MatMul", f"{stem}.write", [new, ed.constant(f"{stem}.rows", site.rows)])
 
 
-def _value(
-    site: _Site, stem: str, columns: gs.Variable
-) -> tuple[gs.Tensor, NDArray[np.generic]]:
+def _value(site: _Site, stem: str, columns: gs.Variable) -> tuple[gs.Tensor, NDArray[np.generic]]:
     """What a register receives, (B, 1, k) or (B, 1, 1), and the rows of W that go with it.
 
     A negative sign turns the maximum into a minimum: columns and rows are multiplied by the sign.
@@ -181,16 +183,18 @@ def _value(
     if site.options.value == "per-layer":
         return _strongest(site, stem, columns), site.rows
     rows = site.rows
-    if (site.signs < 0).any():
-        columns = ed.node("Mul", f"{stem}.sign", [columns, ed.constant(f"{stem}.signs", site.signs)])
-        rows = rows * site.signs[:, None]
+    if site.mixed:
+        columns = ed.node(
+            "Mul", f"{stem}.sign", [columns, ed.constant(f"{stem}.signs", site.signs)]
+        )
+        rows = np.multiply(rows, site.signs[:, None])
     top = ed.node("ReduceMax", f"{stem}.max", [columns, site.axes(1)], {"keepdims": 1})
     return top, rows
 
 
 def _signed(site: _Site, stem: str, value: gs.Tensor) -> gs.Tensor:
     """The value with its own sign again, for rows of W that are not flipped."""
-    if site.options.value != "per-neuron" or not (site.signs < 0).any():
+    if site.options.value != "per-neuron" or not site.mixed:
         return value
     return site.editor.node(
         "Mul", f"{stem}.unsign", [value, site.editor.constant(f"{stem}.signs", site.signs)]

@@ -53,7 +53,9 @@ def _tokens(editor: Editor, value: gs.Variable, stem: str, start: int, end: int)
     return editor.node("Slice", f"regraft.cut.{stem}", [value, *bounds])
 
 
-def set_outputs(graph: gs.Graph, outputs: Mapping[str, tuple[gs.Variable, Sequence[object]]]) -> None:
+def set_outputs(
+    graph: gs.Graph, outputs: Mapping[str, tuple[gs.Variable, Sequence[object]]]
+) -> None:
     """Makes tensors the graph's outputs, float32, under given names and shapes.
 
     Args:

@@ -88,7 +88,13 @@ def evaluate(node: gs.Node, inputs: list[Elements | None]) -> Elements | None:
 
 def plain(elements: Elements) -> list[int]:
     """The unpatched values alone, flattened."""
-    return [element.before for element in elements.flat]
+    return [element.before for element in elements_of(elements)]
+
+
+def elements_of(elements: Elements) -> list[Element]:
+    """The elements, flattened."""
+    flat: list[Element] = elements.ravel().tolist()
+    return flat
 
 
 def _array(flat: list[Element], shape: tuple[int, ...]) -> Elements:
@@ -143,6 +149,13 @@ def _arithmetic(
     return rule
 
 
+ARITHMETIC: dict[str, Callable[[gs.Node, list[Elements]], Elements]] = {
+    "Add": _arithmetic(lambda a, b: a + b),
+    "Sub": _arithmetic(lambda a, b: a - b),
+    "Mul": _arithmetic(lambda a, b: a * b),
+    "Div": _arithmetic(lambda a, b: a // b if b else 0),
+}
+
 _RULES: dict[str, Callable[[gs.Node, list[Elements]], Elements]] = {
     "Concat": _concat,
     "Gather": _gather,
@@ -151,8 +164,5 @@ _RULES: dict[str, Callable[[gs.Node, list[Elements]], Elements]] = {
     "Unsqueeze": _unsqueeze,
     "Cast": _same,
     "Identity": _same,
-    "Add": _arithmetic(lambda a, b: a + b),
-    "Sub": _arithmetic(lambda a, b: a - b),
-    "Mul": _arithmetic(lambda a, b: a * b),
-    "Div": _arithmetic(lambda a, b: a // b if b else 0),
+    **ARITHMETIC,
 }

@@ -35,9 +35,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ModelError(f"{path}: no such weights file; expected safetensors or a torch.save file")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    for name in _NESTED:
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
+    while isinstance(content, Mapping) and (inner := _nested(content)) is not None:
+        content = inner
     if not isinstance(content, Mapping) or not content:
         raise ModelError(f"{path}: holds a {type(content).__name__}; expected tensors by name")
     strange = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
@@ -124,6 +123,10 @@ def weights_sha256(module: nn.Module) -> str:
         digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
         digest.update(memoryview(flat.view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def _nested(content: Mapping[Any, Any]) -> Any:
+    return next((content[n] for n in _NESTED if isinstance(content.get(n), Mapping)), None)
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:

@@ -56,9 +56,7 @@ def observe(
         for layer in layers:
             block = vit.blocks[layer].module
             # Prepended: the hook that removes the registers may sit on the same module.
-            stack.callback(
-                block.register_forward_hook(_keep(hidden, layer), prepend=True).remove
-            )
+            stack.callback(block.register_forward_hook(_keep(hidden, layer), prepend=True).remove)
         stack.callback(
             vit.final.register_forward_hook(
                 lambda m, a, out: final.append(first_tensor(out)), prepend=True
@@ -113,11 +111,11 @@ class _Attention(TorchFunctionMode):
 
             self.handles.append(block.register_forward_pre_hook(start, with_kwargs=True))
             self.handles.append(block.register_forward_hook(stop))
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         for handle in self.handles:
             handle.remove()
 

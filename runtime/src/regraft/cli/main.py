@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -144,11 +145,19 @@ def _terminable() -> Iterator[None]:
 def _warnings_in_one_line() -> Iterator[None]:
     """Shows regraft's own warnings on stderr as `regraft: ...`."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("regraft: %(levelname)s: %(message)s"))
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("regraft: warning: %(message)s"))
     logger = logging.getLogger("regraft")
+    if logger.handlers:  # a command that runs another one, or a program with its own wishes
+        yield
+        return
     logger.addHandler(handler)
     try:
-        yield
+        with warnings.catch_warnings():
+            # Pillow warns of large pictures before regraft refuses or takes them. Named by its
+            # text: importing Pillow for its class would slow every command down.
+            warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
+            yield
     finally:
         logger.removeHandler(handler)
 

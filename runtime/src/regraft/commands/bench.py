@@ -234,7 +234,8 @@ def _table(about: dict[str, Any], rows: Sequence[Row]) -> Iterator[str]:
     details = ", ".join(f"{name} {value}" for name, value in about["engine_details"].items())
     yield f"{about['model']}, {about['precision']}, {height} x {width} pixels"
     yield f"{about['engine']} ({details}) on {about['processor']}"
-    yield "batch  baseline ms (p99)    patched ms (p99)     ratio (95 %)            images/s  rounds"
+    heads = ("baseline ms (p99)", "patched ms (p99)", "ratio (95 %)")
+    yield f"batch  {heads[0]:<21}{heads[1]:<21}{heads[2]:<24}images/s  rounds"
     for row in rows:
         base = f"{row.baseline_ms:.2f} ({row.baseline_p99_ms:.2f})"
         patched = f"{row.patched_ms:.2f} ({row.patched_p99_ms:.2f})"

@@ -101,10 +101,8 @@ def lines(found: Verification) -> Iterator[str]:
         if c.graph in ("model", "baseline") or not c.passed:
             tokens = "" if c.token_cosine is None else f"{c.token_cosine:.6f}"
             image = "" if c.image_cosine is None else f"{c.image_cosine:.6f}"
-            mark = "" if c.passed else "  FAILED"
-            yield (
-                f"  {c.graph:<16}{c.output:<22}{c.relative_error:>15.1e}{tokens:>14}{image:>10}{mark}"
-            )
+            figures = f"{c.relative_error:>15.1e}{tokens:>14}{image:>10}"
+            yield f"  {c.graph:<16}{c.output:<22}{figures}{'' if c.passed else '  FAILED'}"
     probes = [c for c in found.parity if c.graph.startswith("probe")]
     if probes:
         worst = max(c.relative_error for c in probes)
@@ -117,7 +115,8 @@ def lines(found: Verification) -> Iterator[str]:
         f"effect at layer {effect.detection_layer}: outlier tokens (norm above "
         f"{effect.threshold:.4g}) {effect.before.outliers} -> {effect.after.outliers} of "
         f"{effect.patches}; largest patch norm {effect.before.largest:.4g} -> "
-        f"{effect.after.largest:.4g}, median {effect.before.median:.4g} -> {effect.after.median:.4g}"
+        f"{effect.after.largest:.4g}, median {effect.before.median:.4g} -> "
+        f"{effect.after.median:.4g}"
     )
     share = effect.register_attention[effect.detection_layer]
     yield (

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from regraft_export.vit.structure import VisionTransformer, from_module
+from regraft_export.vit.structure import VisionTransformer, first_tensor, from_module
 
 Unit = tuple[int, int]
 SIZE, PATCH = 64, 8
@@ -37,14 +37,10 @@ class Planted:
     negative: tuple[Unit, ...]
 
 
-def up_projection(block: nn.Module) -> tuple[nn.Linear, int]:
-    """The Linear that feeds the units, and where in its rows the units' values start."""
-    for name in ("fc1", "weights_in"):
-        for module_name, module in block.named_modules():
-            if module_name.rpartition(".")[2] == name:
-                # SwiGLU: the first half is the gate, the second the value it multiplies.
-                return module, module.out_features // 2 if name == "weights_in" else 0
-    raise AssertionError("no up-projection")
+def up_projections(block: nn.Module) -> tuple[nn.Linear, nn.Linear | None]:
+    """The Linear in front of the non-linearity, and in SwiGLU the one that gives the value."""
+    parts = {name.rpartition(".")[2]: module for name, module in block.named_modules()}
+    return (parts["fc1"], None) if "fc1" in parts else (parts["gate_proj"], parts["up_proj"])
 
 
 def separate(inputs: Tensor, flagged: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +59,6 @@ def plant(
     *,
     negative: Sequence[Unit] = (),
     norm: float = 8.0,
-    flat: Tensor | None = None,
 ) -> Planted:
     """Makes ``units`` write tokens of about ``norm`` times the median at the flat patches.
 
@@ -81,38 +76,47 @@ def plant(
     layers = sorted({layer for layer, _ in units})
     for layer in layers:
         here = [index for at, index in units if at == layer]
-        up, values = up_projection(vit.blocks[layer].module)
-        seen: dict[str, Tensor] = {}
-        hooks = [
-            up.register_forward_pre_hook(lambda m, a: seen.update(inputs=a[0])),
-            vit.blocks[layer].module.register_forward_hook(
-                lambda m, a, out: seen.update(out=out[0] if isinstance(out, tuple) else out)
-            ),
-        ]
+        up, value = up_projections(vit.blocks[layer].module)
         with torch.no_grad():
-            module(pixels)
-            for hook in hooks:
-                hook.remove()
-            row, bias = separate(seen["inputs"], flagged)
-            median = seen["out"][:, vit.layout.prefix :].norm(dim=-1).median()
+            inputs, out = _seen(vit, pixels, layer, up)
+            row, bias = separate(inputs, flagged)
+            median = out[:, vit.layout.prefix :].norm(dim=-1).median()
             share = norm * median / len(here) / len(layers)
             for index in here:
                 sign = -1.0 if (layer, index) in negative else 1.0
-                activation = _set_unit(up, values, index, row, bias, sign)
+                activation = _set_unit(up, value, index, row, bias, sign)
                 column = target * share / activation
                 scale = vit.blocks[layer].scale
-                vit.blocks[layer].down.weight[:, index] = column if scale is None else column / scale
+                vit.blocks[layer].down.weight[:, index] = (
+                    column if scale is None else column / scale
+                )
     return Planted(vit, tuple(units), tuple(negative))
 
 
+def _seen(
+    vit: VisionTransformer, pixels: Tensor, layer: int, up: nn.Linear
+) -> tuple[Tensor, Tensor]:
+    """What the MLP's first Linear of a layer is given, and what the block gives."""
+    seen: dict[str, Tensor] = {}
+    block = vit.blocks[layer].module
+    hooks = [
+        up.register_forward_pre_hook(lambda m, a: seen.update(inputs=a[0])),
+        block.register_forward_hook(lambda m, a, out: seen.update(out=first_tensor(out))),
+    ]
+    vit.module(pixels)
+    for hook in hooks:
+        hook.remove()
+    return seen["inputs"], seen["out"]
+
+
 def _set_unit(
-    up: nn.Linear, values: int, index: int, row: Tensor, bias: Tensor, sign: float
+    up: nn.Linear, value: nn.Linear | None, index: int, row: Tensor, bias: Tensor, sign: float
 ) -> float:
     """Sets one unit's rows; returns its activation at flagged tokens."""
-    if values:
-        # gate silu(12 (f)), f = +1 or -1: about 12 or 0; times a constant value of +1 or -1.
+    if value is not None:
+        # The gate is about 12 or 0 (silu of plus or minus 12), the value +1 or -1 everywhere.
         up.weight[index], up.bias[index] = 12 * row, 12 * bias
-        up.weight[values + index], up.bias[values + index] = 0.0, sign
+        value.weight[index], value.bias[index] = 0.0, sign
         return 12.0 * sign
     if sign > 0:
         up.weight[index], up.bias[index] = 12 * row, 12 * bias
@@ -120,6 +124,15 @@ def _set_unit(
     # GELU's least value, -0.17, is at -0.75; elsewhere the input is -12.75 and the value 0.
     up.weight[index], up.bias[index] = 6 * row, 6 * bias - 6.75
     return -0.17
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small run faster on one thread, and much faster where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

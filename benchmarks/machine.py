@@ -1,0 +1,52 @@
+"""What a measurement was made with, and results as JSON with a Markdown table beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "timm", "transformers", "onnx", "onnxruntime", "numpy", "pillow")
+
+
+def circumstances(module: str) -> dict[str, Any]:
+    """Command, processor, cores, versions."""
+    return {
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": {name: v for name in _PACKAGES if (v := _version(name))},
+    }
+
+
+def write_results(path: Path, result: Mapping[str, Any], table: Sequence[str]) -> None:
+    """Writes ``path`` (JSON) and the table beside it (.md)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    heading = f"# {path.stem}\n\n`{result['command']}`\n\n{result['processor']}, "
+    heading += f"{result['cores']} cores; Python {result['python']}; "
+    heading += ", ".join(f"{name} {v}" for name, v in result["versions"].items())
+    text = heading + "\n\n" + "\n".join(table) + "\n"
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

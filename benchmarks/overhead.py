@@ -1,0 +1,192 @@
+"""What the patch costs: baseline, patched, the paper taken literally, PyTorch with hooks, compiled.
+
+Run as ``python -m benchmarks.overhead``. All rivals run in one process, in an order that changes
+every round; what they return is checked. Weights are random: they do not change the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.literal import literal_graph
+from benchmarks.machine import RESULTS, circumstances, write_results
+from regraft.engines import EngineOptions, open_engine
+from regraft.neurons import Neurons, RegisterNeuron
+from regraft.redirect import RedirectOptions
+from regraft.timing import Ratio, Times, race
+from regraft_export.graph.patch import Patch, Traced, Wanted, build
+from regraft_export.trace import trace
+from regraft_export.vit.hooks import redirected
+from regraft_export.vit.structure import VisionTransformer, from_module
+from regraft_export.weights_file import WeightsFile
+
+Array = NDArray[np.float32]
+Rival = Callable[[], Array]
+PATCHED, BASELINE = "patched", "baseline"
+TOLERANCE = 1e-4  # relative Frobenius error to PyTorch with hooks, float32
+
+
+def main() -> None:
+    """Measures and writes benchmarks/results/overhead.json and .md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="vit_base_patch16_224", help="timm name")
+    parser.add_argument("--touched", type=int, nargs="+", default=[4, 5, 6], help="layers")
+    parser.add_argument("--neurons", type=int, default=10, help="in all")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--seconds", type=float, default=120.0, help="per batch size")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--out", type=Path, default=RESULTS / "overhead.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    module = timm.create_model(args.model, pretrained=False).eval().requires_grad_(False)
+    size: tuple[int, int] = module.default_cfg["input_size"][1:]
+    vit = from_module(module, size)
+    neurons = _neurons(vit, args.touched, args.neurons)
+    traced = trace(vit, size)
+    result: dict[str, Any] = {
+        **circumstances("benchmarks.overhead"),
+        "model": args.model,
+        "tokens": vit.layout.count,
+        "touched_layers": args.touched,
+        "neurons": args.neurons,
+        "threads": args.threads,
+        "batches": [],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        _write(Path(folder), traced, neurons)
+        for batch in args.batch_sizes:
+            pixels = np.random.default_rng(batch).normal(size=(batch, 3, *size))
+            rivals, notes = _rivals(Path(folder), vit, neurons, pixels.astype(np.float32), args)
+            result["batches"].append(_measure(rivals, batch, args.seconds) | {"notes": notes})
+    table = _table(result)
+    print("\n".join(table))
+    write_results(args.out, result, table)
+
+
+def _neurons(vit: VisionTransformer, layers: list[int], count: int) -> Neurons:
+    rng = np.random.default_rng(0)
+    hidden = vit.blocks[0].down.in_features
+    chosen = [(layers[i % len(layers)], int(rng.integers(hidden))) for i in range(count)]
+    return Neurons(tuple(RegisterNeuron(a, b, value=1.0) for a, b in dict.fromkeys(chosen)))
+
+
+def _write(folder: Path, traced: Traced, neurons: Neurons) -> None:
+    constant = RedirectOptions(value="constant")
+    with WeightsFile(folder) as weights:
+        weights.save(build(traced, None, Wanted()).proto, f"{BASELINE}.onnx")
+        patch = Patch(neurons, RedirectOptions())
+        weights.save(build(traced, patch, Wanted()).proto, f"{PATCHED}.onnx")
+        weights.save(build(traced, Patch(neurons, constant), Wanted()).proto, "constant.onnx")
+        weights.save(literal_graph(traced, neurons), "literal.onnx")
+
+
+def _rivals(
+    folder: Path,
+    vit: VisionTransformer,
+    neurons: Neurons,
+    pixels: Array,
+    args: argparse.Namespace,
+) -> tuple[dict[str, Rival], list[str]]:
+    tensor = torch.from_numpy(pixels)
+    notes: list[str] = []
+
+    def hooked() -> Array:
+        with torch.inference_mode(), redirected(vit, neurons):
+            return np.asarray(vit.module(tensor).numpy())
+
+    def eager() -> Array:
+        with torch.inference_mode():
+            return np.asarray(vit.module(tensor).numpy())
+
+    rivals: dict[str, Rival] = {}
+    for name in (BASELINE, PATCHED, "constant", "literal"):
+        rivals[name] = _graph(folder / f"{name}.onnx", pixels, args.threads)
+    rivals |= {"PyTorch with hooks": hooked, "PyTorch unpatched": eager}
+    if not args.no_compile:
+        compiled = torch.compile(vit.module)
+
+        def run_compiled() -> Array:
+            with torch.inference_mode():
+                return np.asarray(compiled(tensor).numpy())
+
+        try:
+            run_compiled()
+            rivals["torch.compile unpatched"] = run_compiled
+        except Exception as error:  # whatever the compiler lacks here is the result
+            notes.append(f"torch.compile does not work here: {type(error).__name__}: {error}"[:300])
+    _check(rivals)
+    return rivals, notes
+
+
+def _graph(path: Path, pixels: Array, threads: int) -> Rival:
+    engine = open_engine(path, "ort-cpu", options=EngineOptions(threads, spinning=True))
+    return lambda: engine.run(pixels, ["pooler_output"])["pooler_output"]
+
+
+def _check(rivals: dict[str, Rival]) -> None:
+    groups = {"PyTorch with hooks": (PATCHED, "literal"), "PyTorch unpatched": (BASELINE,)}
+    for reference, names in groups.items():
+        right = rivals[reference]()
+        for name in names:
+            error = np.linalg.norm(rivals[name]() - right) / np.linalg.norm(right)
+            if not error <= TOLERANCE:
+                raise SystemExit(f"{name} differs from {reference} by {error:.1e}")
+
+
+def _measure(rivals: dict[str, Rival], batch: int, seconds: float) -> dict[str, Any]:
+    expected = {name: rival() for name, rival in rivals.items()}
+
+    def same(name: str, output: object) -> None:
+        if not np.allclose(np.asarray(output), expected[name], rtol=1e-3, atol=1e-4):
+            raise SystemExit(f"{name} returned something else while it was timed")
+
+    times = race(rivals, seconds=seconds, rounds=20, check=same)
+    return {
+        "batch": batch,
+        "rounds": len(times[BASELINE].seconds),
+        "rivals": {name: _figures(t, times) for name, t in times.items()},
+    }
+
+
+def _figures(t: Times, times: dict[str, Times]) -> dict[str, Any]:
+    over, hooks = Ratio.of(t, times[BASELINE]), Ratio.of(times["PyTorch with hooks"], t)
+    return {
+        "median_ms": round(t.median * 1e3, 3),
+        "p99_ms": round(t.p99 * 1e3, 3),
+        "over_baseline": [round(x, 4) for x in (over.median, over.low, over.high)],
+        "speedup_over_hooks": [round(x, 3) for x in (hooks.median, hooks.low, hooks.high)],
+    }
+
+
+def _table(result: dict[str, Any]) -> list[str]:
+    rows = [
+        f"{result['model']}, {result['tokens']} tokens, float32, {result['neurons']} neurons in "
+        f"{len(result['touched_layers'])} layers, {result['threads']} threads. Ratios are medians "
+        "over rounds with 95 % intervals.",
+        "",
+        "| batch | rival | median ms | p99 ms | time over baseline | PyTorch with hooks over it |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for batch in result["batches"]:
+        for name, f in batch["rivals"].items():
+            over = "{} ({} to {})".format(*f["over_baseline"])
+            hooks = "{} ({} to {})".format(*f["speedup_over_hooks"])
+            row = (batch["batch"], name, f["median_ms"], f["p99_ms"], over, hooks)
+            rows.append("| " + " | ".join(map(str, row)) + " |")
+        rows += [f"\n{note}\n" for note in batch["notes"]]
+    return rows
+
+
+if __name__ == "__main__":
+    main()

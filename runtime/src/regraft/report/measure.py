@@ -1,0 +1,242 @@
+"""Runs the probe graphs over images and keeps what the page shows.
+
+Memory grows with the images, by (layers x tokens x 16 bytes) and one small picture each; a page of
+more than a few hundred would be of no use anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from regraft.bundle import Bundle
+from regraft.effect import Effect, EffectMeter
+from regraft.engines import EngineOptions
+from regraft.errors import EngineError, ImageError, InputError
+from regraft.images import decode
+from regraft.manifest import Manifest
+from regraft.preprocessing import Preprocessing
+from regraft.verification import Engines
+
+ENGINE = "ort-cpu"
+PICTURE_EDGE = (
+    320  # pixels of the longer edge at most: 16 of them stay under 7 MB whatever they show
+)
+
+_Outputs = Mapping[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image to show.
+
+    Attributes:
+        path: where it is.
+        name: what the page calls it.
+    """
+
+    path: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class State:
+    """Norms and attention of one of the two graphs over all images.
+
+    Attributes:
+        norms: float32 (N, layers, T), T = P + patches, and + R where there are registers.
+        attention: float32 (N, layers, T), of CLS to every token, mean over heads; without a class
+            token, of the patches on average.
+    """
+
+    norms: NDArray[np.float32]
+    attention: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image.
+
+    Attributes:
+        name: what the page calls it.
+        picture: as the model sees it, RGB, its longer edge at most :data:`PICTURE_EDGE`.
+        effect: of this image alone.
+    """
+
+    name: str
+    picture: Image.Image
+    effect: Effect
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the page is made from.
+
+    Attributes:
+        manifest: of the bundle.
+        samples: the images that could be read, in order.
+        before: of the baseline.
+        after: of the patched graph.
+        effect: over all samples.
+        engine: what computed it, with its version.
+    """
+
+    manifest: Manifest
+    samples: tuple[Sample, ...]
+    before: State
+    after: State
+    effect: Effect
+    engine: str
+
+    @property
+    def patches(self) -> slice:
+        """The patches among the tokens."""
+        return slice(self.manifest.tokens.prefix, self.manifest.tokens.count)
+
+    @property
+    def registers(self) -> slice:
+        """The test-time registers among the tokens of ``after``."""
+        return slice(self.manifest.tokens.count, None)
+
+    def outliers(self, state: State) -> NDArray[np.bool_]:
+        """Which patches are outlier tokens at the detection layer: (N, patches)."""
+        norms = state.norms[:, self.manifest.detection_layer, self.patches]
+        return np.asarray(norms > self.manifest.threshold)
+
+    def attention_on_outliers(self) -> NDArray[np.float64]:
+        """Share of the baseline's CLS attention on its outlier tokens, by layer: (layers,)."""
+        shares = self.before.attention[:, :, self.patches]
+        on_outliers = np.where(self.outliers(self.before)[:, None], shares, 0).sum(axis=2)
+        return np.asarray(on_outliers.mean(axis=0, dtype=np.float64))
+
+
+def measure(
+    bundle: Bundle,
+    sources: Sequence[Source],
+    *,
+    options: EngineOptions | None = None,
+    batch_size: int = 8,
+    on_error: Callable[[Source, ImageError], None] | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> Measurement:
+    """Runs both probe graphs over images.
+
+    Args:
+        bundle: one with probe graphs.
+        sources: the images.
+        options: of the engine.
+        batch_size: images per run.
+        on_error: called for each image that cannot be read, which is then left out; without it
+            the first one raises.
+        on_batch: called with each batch's size, for progress.
+
+    Raises:
+        BundleError: the bundle was exported with ``--no-baseline``.
+        EngineError: the engine failed, or norms, attention or outputs are NaN or infinite.
+        ImageError: an image cannot be read, and there is no ``on_error``.
+        InputError: no image could be read.
+    """
+    manifest = bundle.manifest
+    total, samples = EffectMeter(manifest), list[Sample]()
+    before, after = list[State](), list[State]()
+    with Engines(bundle, ENGINE, options) as engines:
+        probes = {"probe_baseline": engines["probe_baseline"], "probe": engines["probe"]}
+        engine = _described(probes["probe"].name, probes["probe"].details())
+        pictures = _pictures(sources, manifest.preprocessing, on_error)
+        for names, views, pixels in _batches(pictures, batch_size):
+            seen = {graph: probe.run(pixels) for graph, probe in probes.items()}
+            for graph, outputs in seen.items():
+                _expect_finite(graph, outputs, names)
+            total.update(seen["probe_baseline"], seen["probe"])
+            before.append(_state(seen["probe_baseline"], manifest.tokens.depth))
+            after.append(_state(seen["probe"], manifest.tokens.depth))
+            samples += [
+                Sample(name, view, _effect_of(i, seen, manifest))
+                for i, (name, view) in enumerate(zip(names, views, strict=True))
+            ]
+            if on_batch:
+                on_batch(len(names))
+    if not samples:
+        raise InputError(f"none of the {len(sources)} images could be read (named above)")
+    return Measurement(
+        manifest, tuple(samples), _joined(before), _joined(after), total.result(), engine
+    )
+
+
+def _pictures(
+    sources: Sequence[Source],
+    preprocessing: Preprocessing,
+    on_error: Callable[[Source, ImageError], None] | None,
+) -> Iterator[tuple[str, Image.Image, NDArray[np.float32]]]:
+    """Name, picture for the page, and pixels (3, H, W) of each image that can be read."""
+    for source in sources:
+        try:
+            image = decode(source.path)
+        except ImageError as error:
+            if on_error is None:
+                raise
+            on_error(source, error)
+            continue
+        view = preprocessing.view(image).copy()  # it may be `image` itself, and is shrunk in place
+        view.thumbnail((PICTURE_EDGE, PICTURE_EDGE), Image.Resampling.LANCZOS)
+        yield source.name, view, preprocessing(image)
+
+
+def _batches(
+    pictures: Iterator[tuple[str, Image.Image, NDArray[np.float32]]], size: int
+) -> Iterator[tuple[list[str], list[Image.Image], NDArray[np.float32]]]:
+    names, views, pixels = list[str](), list[Image.Image](), list[NDArray[np.float32]]()
+    for name, view, array in pictures:
+        names.append(name)
+        views.append(view)
+        pixels.append(array)
+        if len(names) == size:
+            yield names, views, np.stack(pixels)
+            names, views, pixels = [], [], []
+    if names:
+        yield names, views, np.stack(pixels)
+
+
+def _expect_finite(graph: str, outputs: _Outputs, names: Sequence[str]) -> None:
+    for output, array in outputs.items():
+        bad = [name for name, row in zip(names, array, strict=True) if not np.isfinite(row).all()]
+        if bad:
+            raise EngineError(
+                f"{ENGINE}: {output} of {graph} holds NaN or infinity for {', '.join(bad)}; "
+                "expected finite numbers: check the model's weights, or export with "
+                "--precision fp32"
+            )
+
+
+def _state(outputs: _Outputs, depth: int) -> State:
+    return State(
+        norms=np.stack([outputs[f"norms.{i}"] for i in range(depth)], axis=1),
+        attention=np.stack([outputs[f"attentions.{i}"].mean(axis=1) for i in range(depth)], axis=1),
+    )
+
+
+def _joined(states: Sequence[State]) -> State:
+    return State(
+        norms=np.concatenate([state.norms for state in states]),
+        attention=np.concatenate([state.attention for state in states]),
+    )
+
+
+def _effect_of(i: int, seen: Mapping[str, _Outputs], manifest: Manifest) -> Effect:
+    one = EffectMeter(manifest)
+    baseline, patched = (
+        {name: array[i : i + 1] for name, array in seen[graph].items()}
+        for graph in ("probe_baseline", "probe")
+    )
+    one.update(baseline, patched)
+    return one.result()
+
+
+def _described(name: str, details: Mapping[str, str]) -> str:
+    parts = ", ".join(f"{key} {value}" for key, value in details.items())
+    return f"{name} ({parts})" if parts else name

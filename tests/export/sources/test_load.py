@@ -1,0 +1,120 @@
+"""load(): schemes, what comes out of it, and the seam for later ones."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from regraft.errors import ModelError
+from regraft_export import sources
+from regraft_export.sources import load
+from regraft_export.sources.reasons import reason
+from regraft_export.sources.weights import weights_sha256
+
+MODEL = """
+import torch
+from torch import nn
+
+CONFIG = dict(input_size=(3, 8, 8), mean=(0, 0, 0), std=(1, 1, 1), interpolation="bilinear",
+              crop_pct=1.0, crop_mode="squash")
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(4.0, dtype=torch.float16))
+        self.drop = nn.Dropout()
+
+def build():
+    return Tiny().train(), CONFIG
+
+def spoiled():
+    module = Tiny()
+    module.weight.data[2] = float("nan")
+    return module, CONFIG
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    (tmp_path / "own.py").write_text(MODEL)
+    return f"python:{tmp_path / 'own.py'}"
+
+
+def test_what_comes_out(source: str) -> None:
+    loaded = load(f"{source}:build")
+    assert loaded.source == f"{source}:build"
+    assert loaded.architecture == "Tiny"
+    assert loaded.preprocessing.image_size == (8, 8)
+    assert not loaded.module.training
+    assert not loaded.module.drop.training
+    weight = loaded.module.weight
+    assert (weight.dtype, weight.requires_grad, weight.device.type) == (torch.float32, False, "cpu")
+    assert loaded.weights_sha256 == weights_sha256(loaded.module)
+
+
+def test_spoiled_weights_are_refused(source: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        load(f"{source}:spoiled")
+    assert str(caught.value) == (
+        f"{source}:spoiled: the weight weight has 1 NaN or infinite values of 4; expected finite "
+        "weights"
+    )
+
+
+FORMS = "timm:NAME, hf:REPO_OR_FOLDER, python:FILE.py:FUNCTION"
+
+
+@pytest.mark.parametrize("model", ["vit_base_patch16_224", "tf:x", "timm:", ":x", ""])
+def test_other_forms_are_refused(model: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        load(model)
+    assert str(caught.value) == f"{model!r} is not a model; expected one of {FORMS}"
+
+
+@pytest.mark.parametrize("scheme", ["open_clip", "hub"])
+def test_planned_schemes_say_so(scheme: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        load(f"{scheme}:a/b")
+    assert str(caught.value) == (
+        f"{scheme}:a/b: models from {scheme} are not supported yet; expected one of {FORMS}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "blocked", "extra"),
+    [
+        ("timm:vit_tiny_patch16_224", "timm", "timm"),
+        ("hf:some/repo", "transformers", "hf"),
+        ("python:a.py:f", "torch", "torch"),
+        ("timm:vit_tiny_patch16_224", "torch", "timm"),
+    ],
+)
+def test_missing_packages_say_what_to_install(
+    model: str, blocked: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("timm_source", "hf_source", "python_source", "weights"):
+        monkeypatch.delitem(sys.modules, f"{sources.__name__}.{name}", raising=False)
+        monkeypatch.delattr(sources, name, raising=False)
+    monkeypatch.setitem(sys.modules, blocked, None)
+    with pytest.raises(ModelError) as caught:
+        load(model)
+    assert str(caught.value) == (
+        f"{model}: the package '{blocked}' is not installed; "
+        f"run `pip install 'regraft-export[{extra}]'`"
+    )
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import sys, regraft_export.sources; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
+
+
+def test_reasons_are_one_short_line() -> None:
+    assert reason(ValueError("a\n  b\tc")) == "a b c"
+    assert reason(ValueError("x" * 300)) == "x" * 237 + "..."
+    assert reason(EOFError()) == "EOFError"
