@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--neurons", type=int, default=10, help="in all")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--seconds", type=float, default=120.0, help="per batch size")
+    parser.add_argument("--rounds", type=int, default=20, help="per batch size, at least")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", type=Path, default=RESULTS / "overhead.json")
@@ -68,7 +69,7 @@ def main() -> None:
         for batch in args.batch_sizes:
             pixels = np.random.default_rng(batch).normal(size=(batch, 3, *size))
             rivals, notes = _rivals(Path(folder), vit, neurons, pixels.astype(np.float32), args)
-            result["batches"].append(_measure(rivals, batch, args.seconds) | {"notes": notes})
+            result["batches"].append(_measure(rivals, batch, args) | {"notes": notes})
     table = _table(result)
     print("\n".join(table))
     write_results(args.out, result, table)
@@ -144,14 +145,14 @@ def _check(rivals: dict[str, Rival]) -> None:
                 raise SystemExit(f"{name} differs from {reference} by {error:.1e}")
 
 
-def _measure(rivals: dict[str, Rival], batch: int, seconds: float) -> dict[str, Any]:
+def _measure(rivals: dict[str, Rival], batch: int, args: argparse.Namespace) -> dict[str, Any]:
     expected = {name: rival() for name, rival in rivals.items()}
 
     def same(name: str, output: object) -> None:
         if not np.allclose(np.asarray(output), expected[name], rtol=1e-3, atol=1e-4):
             raise SystemExit(f"{name} returned something else while it was timed")
 
-    times = race(rivals, seconds=seconds, rounds=20, check=same)
+    times = race(rivals, seconds=args.seconds, rounds=args.rounds, check=same)
     return {
         "batch": batch,
         "rounds": len(times[BASELINE].seconds),

@@ -1,143 +1,178 @@
-"""`regraft report` in a real browser: Debian's chromium, driven through its DevTools pipe.
+"""`regraft report` in a real browser: Debian's chromium.
 
-The page must raise nothing on the console, decode every picture, fetch nothing, and fit a phone.
+The page must raise nothing on the console, decode every picture, fetch nothing, fit a phone, and
+read its maps out.
 """
 
 from __future__ import annotations
 
-import base64
 import json
-import os
-import select
+import re
 import shutil
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
 
 import pytest
+from tests.support import handmade_vit
+from tests.support.browser import Browser, require_chromium
 
-FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    *("--disable-dev-shm-usage", "--remote-debugging-pipe"),
+from regraft.cli.main import main
+from regraft_export.demo import sample_images_folder
+
+SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
+SCHEMES = {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}
+EVERYWHERE = pytest.mark.parametrize(
+    ("size", "scheme"), [(size, scheme) for size in SIZES for scheme in SCHEMES]
 )
-PHONE, DESKTOP = (390, 844), (1280, 900)
-PATIENCE = 60.0  # seconds for one answer, on a busy machine
+IMAGES = 6
+FIGURES = {
+    "outlier_tokens": 123456,
+    "removed": 0.5,
+    "largest_over_median": 6.5,
+    "register_norm": 155.25,
+    "output_cosine_median": 0.9876,
+    "output_cosine_smallest": 0.9765,
+}
+REPORT = {
+    "images": 16,
+    "output": "pooled",
+    "before": {key: FIGURES[key] for key in ("outlier_tokens", "largest_over_median")},
+    "after": FIGURES,
+    "controls": dict.fromkeys(("random_neurons", "zero_token", "zeroed_without_register"), FIGURES),
+}
+OUTSIDE = """
+(() => {
+  const free = (e) => e.closest(".scroll") === null;
+  return [...document.querySelectorAll("body *")].filter((e) => free(e) && (
+    e.getBoundingClientRect().right > innerWidth + 0.5 || e.getBoundingClientRect().left < -0.5
+  )).map((e) => e.outerHTML.slice(0, 120));
+})()
+"""
 
 
-class Browser:
-    """One page in one chromium, which speaks JSON over two pipes (file descriptors 3 and 4)."""
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of a model with planted register neurons, and images with trying names."""
+    base = tmp_path_factory.mktemp("report")
+    images = base / "images"
+    (images / "a folder").mkdir(parents=True)
+    names = [f"{i}.png" for i in range(IMAGES - 2)]
+    names += [f"{'very-' * 40}long.png", '<img src=x onerror=alert(1)> & "quoted".png']
+    for source, name in zip(sorted(sample_images_folder().iterdir()), names, strict=False):
+        shutil.copy(source, images / "a folder" / name)
+    neurons = {
+        "schema": 1,
+        "neurons": [{"layer": la, "index": i, "sign": s} for la, i, s in handmade_vit.PLANTED],
+        "detection_layer": 2,
+        "threshold": 16.0,
+        "report": REPORT,
+    }
+    (base / "neurons.json").write_text(json.dumps(neurons))
+    model = f"python:{Path(handmade_vit.__file__)}:planted"
+    shown = ["--images", str(images)]
+    found = ["--neurons", str(base / "neurons.json")]
+    assert main(["export", model, *found, *shown, "--out", str(base / "bundle")]) == 0
+    out = base / "report.html"
+    assert main(["report", str(base / "bundle"), *shown, "--out", str(out)]) == 0
+    return out
 
-    def __init__(self, executable: str, profile: Path) -> None:
-        to_read, self._write = os.pipe()
-        self._read, to_write = os.pipe()
-        # Only a shell puts pipes at numbers of our choice without running Python in the child.
-        script = f'exec "$@" 3<&{to_read} 4>&{to_write}'
-        self._process = subprocess.Popen(
-            ["bash", "-c", script, "bash", executable, *FLAGS, f"--user-data-dir={profile}"],
-            pass_fds=(to_read, to_write),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(to_read)
-        os.close(to_write)
-        self._buffer, self._number, self._session = b"", 0, ""
-        self.events: list[dict[str, Any]] = []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
-            "sessionId"
-        ]
-        for domain in ("Page", "Runtime", "Log", "Network", "Audits"):
-            self.call(f"{domain}.enable")
 
-    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Calls a DevTools method and waits for its result."""
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": parameters}
-        if self._session:
-            message["sessionId"] = self._session
-        os.write(self._write, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self._receive()
-            if answer.get("id") == self._number:
-                assert "error" not in answer, f"{method}: {answer}"
-                result: dict[str, Any] = answer["result"]
-                return result
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(require_chromium(), tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
 
-    def open(self, page: Path, size: tuple[int, int], scheme: str) -> None:
-        """Opens a file at a screen size (CSS pixels) and in a colour scheme; waits for it."""
-        width, height = size
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=width < 600,
-        )
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        self.call("Emulation.setEmulatedMedia", features=[feature])
-        self.events.clear()
-        self.call("Page.navigate", url=page.resolve().as_uri())
-        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
-            self._receive()
 
-    def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression; promises are awaited."""
-        answer = self.call(
-            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
-        )
-        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
-        return answer["result"].get("value")
+@EVERYWHERE
+def test_the_page_opens_without_a_complaint(
+    browser: Browser, page: Path, size: str, scheme: str
+) -> None:
+    browser.open(page, SIZES[size], scheme)
+    pictures = browser.evaluate(
+        "Promise.all([...document.images].map((i) => i.decode().then(() => i.naturalWidth)))"
+    )
+    assert len(pictures) == 5 * IMAGES
+    assert min(pictures) > 0
+    # Everything at once: what is closed, and what lies below the screen.
+    browser.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    browser.evaluate("scrollTo({top: document.body.scrollHeight, behavior: 'instant'})")
+    assert browser.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
+    assert browser.evaluate(OUTSIDE) == []
+    assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == SCHEMES[scheme]
+    assert browser.complaints() == []
+    assert browser.requested() == [page.resolve().as_uri()]
 
-    def complaints(self) -> list[str]:
-        """What the console, the page's script and the browser's own checks objected to."""
-        found = []
-        for event in self.events:
-            method, told = event["method"], event.get("params", {})
-            if method == "Runtime.exceptionThrown" or method == "Audits.issueAdded":
-                found.append(f"{method}: {told}")
-            elif method == "Runtime.consoleAPICalled" and told["type"] in ("error", "warning"):
-                found.append(f"{method}: {told}")
-            elif method == "Log.entryAdded" and told["entry"]["level"] in ("error", "warning"):
-                found.append(f"{method}: {told}")
-        return found
 
-    def requested(self) -> list[str]:
-        """The addresses that were asked for, without data URIs."""
-        sent = [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
-        return [url for url in sent if not url.startswith("data:")]
+def test_small_text_stays_readable_on_a_phone(browser: Browser, page: Path) -> None:
+    browser.open(page, SIZES["phone"], "light")
+    heights = browser.evaluate(
+        "[...document.querySelectorAll('svg text')].map((t) => t.getBoundingClientRect().height)"
+    )
+    assert min(heights) >= 10  # of a line: letters of about nine pixels
 
-    def screenshot(self, file: Path, whole: bool = False) -> None:
-        """Writes a PNG of the screen, or of the whole page."""
-        data = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
-        file.write_bytes(base64.b64decode(data))
 
-    def __enter__(self) -> Self:
-        return self
+@EVERYWHERE
+def test_texts_stand_out_from_the_ground(
+    browser: Browser, page: Path, size: str, scheme: str
+) -> None:
+    browser.open(page, SIZES[size], scheme)
+    pairs = browser.evaluate(
+        """[...document.querySelectorAll("p, h1, h2, h3, td, th, dt, dd, a, summary, small, li,"
+        + "figcaption, .chart text")].map((e) => [e.tagName, getComputedStyle(e)[
+          e.tagName === "text" ? "fill" : "color"]])"""
+    )
+    ground = _luminance(SCHEMES[scheme])
+    for tag, colour in pairs:
+        dark, light = sorted((_luminance(colour), ground))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, (tag, colour)  # WCAG 2.2, level AA
 
-    def __exit__(self, *exception: object) -> None:
-        os.close(self._write)  # chromium ends when its pipe does
-        try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        os.close(self._read)
 
-    def _receive(self) -> dict[str, Any]:
-        """The next message; events are kept."""
-        until = time.monotonic() + PATIENCE
-        while b"\0" not in self._buffer:
-            ready, _, _ = select.select([self._read], [], [], max(0.0, until - time.monotonic()))
-            assert ready, f"chromium was silent for {PATIENCE:.0f} s"
-            received = os.read(self._read, 1 << 20)
-            assert received, f"chromium ended, exit code {self._process.poll()}"
-            self._buffer += received
-        text, _, self._buffer = self._buffer.partition(b"\0")
-        message: dict[str, Any] = json.loads(text)
-        if "method" in message:
-            self.events.append(message)
-        return message
+def test_pointing_at_a_patch_reads_its_numbers(browser: Browser, page: Path) -> None:
+    browser.open(page, SIZES["desktop"], "light")
+    assert not browser.evaluate("document.querySelector('.hint').hidden")
+    browser.evaluate("document.querySelector('.sample').scrollIntoView({behavior: 'instant'})")
+    box = browser.evaluate(
+        "document.querySelectorAll('.sample .frame')[1].getBoundingClientRect().toJSON()"
+    )
+    row, col, side = 2, 1, 4
+    x, y = (
+        box[edge] + box[length] * (at + 0.5) / side
+        for edge, length, at in (("x", "width", col), ("y", "height", row))
+    )
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    told = browser.evaluate("document.querySelector('.readout').textContent")
+    maps = browser.evaluate(
+        "[...document.querySelector('.sample').querySelectorAll('.map')].map("
+        "(m) => m.dataset.values.split(' ').map(Number))"
+    )
+    at = [values[row * side + col] for values in maps]
+    numbers = [float(n) for n in re.findall(r"[\d.]+(?:e-?\d+)?", told)]
+    assert told.startswith("Row 2, column 1: norm ")
+    assert numbers[:2] == [row, col]
+    assert numbers[2:4] == pytest.approx(at[:2], rel=1e-3)
+    assert numbers[4:] == pytest.approx([100 * share for share in at[2:]], rel=1e-2)
+    cursors = browser.evaluate(
+        "[...document.querySelector('.sample').querySelectorAll('.cursor')].map("
+        "(c) => [c.getAttribute('x'), c.getAttribute('y'), c.getAttribute('visibility')])"
+    )
+    assert cursors == [["1", "2", "visible"]] * 5
+    assert browser.complaints() == []
+
+
+def test_the_browser_does_complain(browser: Browser, page: Path, tmp_path: Path) -> None:
+    """The policy blocks, and what is blocked is seen by the tests above."""
+    text = page.read_text(encoding="utf-8")
+    added = "<script>alert(1)</script><img src='http://127.0.0.1:9/x.png'><p style='color:red'>"
+    (tmp_path / "worse.html").write_text(text.replace("</main>", f"</main>{added}"))
+    browser.open(tmp_path / "worse.html", SIZES["desktop"], "light")
+    told = " ".join(browser.complaints())
+    for directive in ("script-src", "img-src", "style-src"):
+        assert directive in told
+
+
+def _luminance(colour: str) -> float:
+    red, green, blue = (int(v) / 255 for v in re.findall(r"\d+", colour)[:3])
+    linear = [
+        v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (red, green, blue)
+    ]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -1,14 +1,22 @@
-"""Randomly initialised ViTs in which known units write outlier tokens, and pictures for them."""
+"""Randomly initialised ViTs in which known units write outlier tokens, and pictures for them.
+
+At the end: an exported bundle, exports without tracing, and the command line in this process.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from tests.support import bundles, shared
 from torch import Tensor, nn
 
+from regraft.cli.main import main
+from regraft_export.graph.patch import Traced
+from regraft_export.trace import trace
 from regraft_export.vit.structure import VisionTransformer, first_tensor, from_module
 
 Unit = tuple[int, int]
@@ -145,3 +153,39 @@ def pictures() -> Callable[..., Tensor]:
 def planter() -> Callable[..., Planted]:
     """See :func:`plant`."""
     return plant
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with every kind of output; do not change it."""
+    return bundles.exported(tmp_path_factory)
+
+
+@pytest.fixture
+def quick_trace(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports take the planted model's trace from a store; tracing has tests of its own."""
+
+    def stored(vit: object, size: tuple[int, int], precision: str = "fp32") -> Traced:
+        assert size == bundles.SIZE
+        name = f"trace-planted-{precision}"
+        return shared.once(
+            tmp_path_factory, name, lambda _: trace(bundles.vit(), bundles.SIZE, precision)
+        )
+
+    monkeypatch.setattr("regraft_export.exporting.trace", stored)
+
+
+@pytest.fixture
+def regraft(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """``regraft("export", ...)`` runs the command line: (exit code, stdout, stderr)."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as stop:  # how argparse ends
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

@@ -62,7 +62,10 @@ class HandmadeVit(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.cut(pixels).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(pixels), -1, -1), patches], dim=1) + self.positions
+        x = (
+            torch.cat([self.cls_token.expand(pixels.shape[0], -1, -1), patches], dim=1)
+            + self.positions
+        )
         for layer in self.layers:
             x = layer(x)
         return self.last(x)[:, 0]
@@ -99,7 +102,7 @@ def planted() -> tuple[nn.Module, dict[str, object]]:
             block = module.layers[layer]
             probe = torch.randn(WIDTH, generator=generator)
             block.widen.weight[index] = probe - probe.mean()
-            block.widen.bias[index] = -10.0
+            block.widen.bias[index] = -8.0
             block.narrow.weight[:, index] = sign * 40.0 * direction
     return module, CONFIG
 

@@ -35,6 +35,7 @@ def check_identity(
             "that the neurons belong to these weights"
         ]
     objections = []
+    same = about["weights_sha256"] == loaded.weights_sha256
     size = list(loaded.preprocessing.image_size)
     if about.get("image_size", size) != size:
         # The position embedding is resampled at load, so the weights' hash differs by itself; the
@@ -43,13 +44,11 @@ def check_identity(
             f"the neurons were found at image size {about['image_size']}, this export has {size}; "
             "neuron sets depend on the resolution"
         )
-        same = _fingerprints_match(neurons, vit)
-    else:
-        same = about["weights_sha256"] == loaded.weights_sha256
+        same = same or _fingerprints_match(neurons, vit)
     if not same:
         objections.append(
             f"the neurons were found in {about.get('model', 'another model')} with weights "
-            f"{about['weights_sha256'][:12]}..., this model is {loaded.source} with weights "
+            f"{str(about['weights_sha256'])[:12]}..., this model is {loaded.source} with weights "
             f"{loaded.weights_sha256[:12]}..."
         )
     if objections and not force:

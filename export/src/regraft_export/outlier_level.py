@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from regraft.errors import NeuronsError
 from regraft.neurons import Neurons
 from regraft_export.vit.observe import observe
 from regraft_export.vit.structure import VisionTransformer
@@ -27,12 +29,28 @@ class OutlierLevel:
     threshold: float
 
 
-def recorded_level(neurons: Neurons) -> OutlierLevel | None:
-    """What the neurons file says; None for a hand-made one."""
+def recorded_level(neurons: Neurons, depth: int) -> OutlierLevel | None:
+    """What the neurons file says; None for a hand-made one.
+
+    Args:
+        neurons: from the file.
+        depth: the model's number of blocks.
+
+    Raises:
+        NeuronsError: it says something that cannot be.
+    """
     about = neurons.about
     if "threshold" not in about or "detection_layer" not in about:
         return None
-    return OutlierLevel(int(about["detection_layer"]), float(about["threshold"]))
+    layer, threshold = about["detection_layer"], about["threshold"]
+    if type(layer) is not int or not 0 <= layer < depth:
+        raise NeuronsError(
+            f"neurons file: detection_layer is {layer!r}; expected a block of the model, "
+            f"0 to {depth - 1}"
+        )
+    if type(threshold) not in (int, float) or not 0 < threshold < math.inf:
+        raise NeuronsError(f"neurons file: threshold is {threshold!r}; expected a number above 0")
+    return OutlierLevel(layer, float(threshold))
 
 
 def measured_level(

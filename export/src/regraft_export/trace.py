@@ -68,7 +68,7 @@ def trace(vit: VisionTransformer, image_size: tuple[int, int], precision: str = 
 
     Raises:
         InputError: an unknown precision.
-        ModelError: the exporter refuses the model; its reason is kept.
+        ModelError: the exporter refuses the model, its reason is kept; or fixes the batch size.
     """
     if precision not in DTYPES:
         raise InputError(f"precision is {precision!r}; expected one of {', '.join(DTYPES)}")
@@ -116,6 +116,13 @@ def _export(module: nn.Module, example: Tensor, names: list[str], opset: int) ->
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"PyTorch's ONNX exporter refuses this model: {reason}") from error
     assert program is not None  # dynamo=True without a file name always returns a program
+    batch = program.model_proto.graph.input[0].type.tensor_type.shape.dim[0]
+    if batch.HasField("dim_value"):
+        raise ModelError(
+            f"PyTorch's ONNX exporter fixed the batch size at {batch.dim_value}: the model's "
+            "forward makes a Python number of it (len(x), int(n), a loop over images); take "
+            "x.shape[0] as it is"
+        )
     graph = read(program.model_proto)
     drop_neutral_mask(graph)
     return write(graph, shapes_changed=False)

@@ -5,6 +5,7 @@ Measured on the probe graphs, patched and baseline, on the same images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -70,8 +71,9 @@ class Effect:
         return 1 - self.after.outliers / self.before.outliers if self.before.outliers else 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**asdict(self), "removed": self.removed}
+        """Plain JSON values; null for figures that are not finite."""
+        values: dict[str, Any] = _finite({**asdict(self), "removed": self.removed})
+        return values
 
 
 @dataclass
@@ -138,7 +140,13 @@ class EffectMeter:
 
 def _norms(norms: NDArray[np.float32], threshold: float) -> Norms:
     return Norms(
-        outliers=int((norms > threshold).sum()),
+        outliers=int((~(norms <= threshold)).sum()),  # NaN is no normal token
         median=float(np.median(norms)),
         largest=float(norms.max()),
     )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

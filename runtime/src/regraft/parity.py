@@ -111,7 +111,8 @@ class Meter:
 
     def result(self, limits: Limits) -> Comparison:
         """The comparison so far, held to limits."""
-        error = float(np.sqrt(self._squared_error / max(self._squared_reference, 1e-300)))
+        # The floor keeps the ratio finite where the reference is zero; it is far below any float32.
+        error = float(np.sqrt(self._squared_error / max(self._squared_reference, 1e-100)))
         tokens = _percentile(self._token_cosines, 1)
         image = _percentile(self._image_cosines, 0)
         return Comparison(

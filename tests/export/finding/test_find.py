@@ -230,3 +230,16 @@ def test_rounding() -> None:
         "a": [1.23457, 2],
         "b": [0.1, "x", None, True],
     }
+
+
+@pytest.mark.gpu
+def test_cuda_finds_the_same_units(planter: Planter, pictures: Pictures) -> None:
+    planted = planter(vit_tiny(), pictures(16, 1), [(2, 5), (2, 60)])
+    images = TensorImages(pictures(24, 2))
+    on_cpu = find_neurons(planted.vit, images)
+    planted.vit.module.cuda()
+    on_cuda = find_neurons(planted.vit, images)
+    for a, b in zip(on_cpu.neurons.neurons, on_cuda.neurons.neurons, strict=True):
+        assert (a.layer, a.index, a.sign) == (b.layer, b.index, b.sign)
+        assert b.score == pytest.approx(a.score, rel=1e-2)
+        assert b.value == pytest.approx(a.value, rel=1e-2)

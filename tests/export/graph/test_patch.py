@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
+import timm
+import torch
 from numpy.typing import NDArray
-from tests.support import graphs, models, pictures, traces
+from tests.support import graphs, models, pictures, shared, traces
+from tests.support.handmade_vit import Block, plain
 
 from regraft.errors import RewriteError
 from regraft.manifest import Sites
 from regraft.neurons import Neurons
 from regraft.redirect import RedirectOptions
 from regraft_export.graph import patch as patch_module
+from regraft_export.graph.document import tensor
 from regraft_export.graph.patch import Built, Patch, Traced, Wanted, build
+from regraft_export.trace import trace
+from regraft_export.vit.hooks import redirected
+from regraft_export.vit.observe import observe
+from regraft_export.vit.structure import from_module
 
 Trace = Callable[..., Traced]
 
@@ -206,21 +215,20 @@ NEURON = models.neurons(models.vit("timm")).neurons[0]
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Traced:
     """Twelve blocks."""
-    import timm
 
-    from regraft_export.trace import trace
-    from regraft_export.vit.structure import from_module
+    def make(_: object) -> Traced:
+        module = timm.create_model(
+            "vit_tiny_patch16_224",
+            img_size=32,
+            patch_size=16,
+            embed_dim=12,
+            num_heads=2,
+            mlp_ratio=16,
+            num_classes=0,
+        )
+        return trace(from_module(models.livened(module), (32, 32)), (32, 32))
 
-    module = timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=32,
-        patch_size=16,
-        embed_dim=12,
-        num_heads=2,
-        mlp_ratio=16,
-        num_classes=0,
-    )
-    return trace(from_module(models.livened(module), (32, 32)), (32, 32))
+    return shared.once(tmp_path_factory, "trace-deep", make)
 
 
 LOST = {
@@ -246,30 +254,24 @@ def test_a_lost_rewrite_is_an_error(
     assert str(caught.value) == f"the patched graph {message}: a rewrite was lost"
 
 
-@pytest.mark.parametrize("outputs", [Wanted(layers=(1,)), Wanted(probe=True)])
 def test_a_cut_that_nothing_reads_is_an_error(
-    traced: Trace, monkeypatch: pytest.MonkeyPatch, outputs: Wanted
+    traced: Trace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = patch_module.remove_register
 
-    def careless(graph: object, final: str, hidden: list[str], *counts: int) -> object:
+    def careless(graph: gs.Graph, final: str, hidden: list[str], *counts: int) -> object:
         cut, registers = real(graph, final, hidden, *counts)
-        name = final if outputs.probe else hidden[0]
         # The tensor with the register leaves instead of the one without.
-        return cut | {name: graphs_tensor(graph, name)}, registers
-
-    def graphs_tensor(graph: object, name: str) -> object:
-        return next(t for n in graph.nodes for t in n.outputs if t.name == name)
+        return cut | {hidden[0]: tensor(graph, hidden[0])}, registers
 
     monkeypatch.setattr(patch_module, "remove_register", careless)
     patch = Patch(models.neurons(models.vit("timm")), RedirectOptions())
-    with pytest.raises(RewriteError, match="output sites; expected .* a rewrite was lost"):
-        build(traced("timm"), patch, outputs)
-
-
-def initializers(model: onnx.ModelProto) -> Iterator[tuple[str, int]]:
-    for tensor in model.graph.initializer:
-        yield tensor.name, tensor.data_type
+    with pytest.raises(RewriteError) as caught:
+        build(traced("timm"), patch, Wanted(layers=(1,)))
+    assert str(caught.value) == (
+        "the patched graph has 1 token, 2 redirect and 2 output sites; expected 1, 2 and 3: a "
+        "rewrite was lost"
+    )
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
@@ -280,7 +282,7 @@ def test_the_file_is_clean(traced: Trace, family: str, probe: bool) -> None:
     outputs = Wanted(probe=True) if probe else wanted(family)
     model = build(traced(family), patch, outputs).proto
     onnx.checker.check_model(model, full_check=True)
-    names = [name for name, _ in initializers(model)]
+    names = [t.name for t in model.graph.initializer]
     assert len(names) == len(set(names))
     values = [output for node in model.graph.node for output in node.output]
     assert len(values) == len(set(values))
@@ -327,13 +329,6 @@ def test_down_projections_are_found_by_weight_not_by_name(traced: Trace) -> None
 
 
 def test_equal_weights_in_different_blocks_are_told_apart() -> None:
-    import torch
-    from tests.support.handmade_vit import plain
-
-    from regraft_export.trace import trace
-    from regraft_export.vit.hooks import redirected
-    from regraft_export.vit.observe import observe
-    from regraft_export.vit.structure import from_module
 
     module = plain()[0].eval().requires_grad_(False)
     with torch.no_grad():
@@ -355,13 +350,6 @@ def test_equal_weights_in_different_blocks_are_told_apart() -> None:
 
 
 def test_a_block_whose_mlp_ends_it_without_a_residual() -> None:
-    import torch
-    from tests.support.handmade_vit import Block, plain
-
-    from regraft_export.trace import trace
-    from regraft_export.vit.hooks import redirected
-    from regraft_export.vit.observe import observe
-    from regraft_export.vit.structure import from_module
 
     module = plain()[0].eval().requires_grad_(False)
 

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from regraft.cli.options import add_force
+from regraft.errors import GateError
 from regraft.files import whole_folder
 
 MODEL = "python:regraft_export.demo:shipped_vit"
@@ -38,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs every step; stops at the first that fails, and then leaves no folder."""
+    """Runs every step.
+
+    Raises:
+        GateError: a step failed; no folder appears.
+    """
     from regraft_export.demo import sample_images_folder
 
     start = time.monotonic()
@@ -46,9 +51,7 @@ def run(args: argparse.Namespace) -> int:
         shutil.copytree(sample_images_folder(), folder / "images")
         print(f"{len(list((folder / 'images').iterdir()))} sample pictures: images/", flush=True)
         for step in STEPS:
-            code = _step(step, folder)
-            if code:
-                return code
+            _step(step, folder)
     print(
         f"\n{time.monotonic() - start:.0f} s in all. Everything is in {args.out}: open "
         f"{Path(args.out) / 'report.html'} in a browser."
@@ -56,13 +59,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _step(step: str, folder: Path) -> int:
-    from regraft.cli.main import main
+def _step(step: str, folder: Path) -> None:
+    from regraft.cli.main import INTERRUPTED, main
 
     print(f"\n$ regraft {step}", flush=True)
     with contextlib.chdir(folder):
         code = main(shlex.split(step))
     sys.stdout.flush()
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
     if code:
-        print(f"regraft: the demo stopped at `regraft {step}`", file=sys.stderr)
-    return code
+        # Raised, so that the folder does not appear half filled.
+        raise GateError(f"the demo stopped at `regraft {step}` (its reason stands above)")

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     for warning in check_identity(neurons, loaded, vit, args.force):
         print(f"regraft: warning: {warning}", file=sys.stderr)
     images = ImageBatches(paths, loaded.preprocessing, args.batch_size)
-    level = recorded_level(neurons) or measured_level(vit, neurons, images)
+    level = recorded_level(neurons, vit.layout.depth) or measured_level(vit, neurons, images)
     with Progress(len(paths), "images", "verifying") as progress:
         exported = export_bundle(
             loaded,

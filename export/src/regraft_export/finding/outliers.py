@@ -185,7 +185,7 @@ def _nothing_found(
         )
     return (
         f"no outlier tokens: {figures}; expected {MIN_SHARE:.2%} to {MAX_SHARE:.0%} of the "
-        f"patches, in at least {MIN_IMAGE_SHARE:.0%} of the images (and {MIN_IMAGES}), to stand "
-        f"out by {STANDS_OUT:g} times the median; there is nothing to patch (--threshold and "
-        "--detection-layer set both by hand)"
+        f"patches, in at least {MIN_IMAGE_SHARE:.0%} of the images (and {MIN_IMAGES}), to lie that "
+        f"far out ({STANDS_OUT:g} times the median, further where norms are widely spread); there "
+        "is nothing to patch (--threshold and --detection-layer set both by hand)"
     )

@@ -59,6 +59,7 @@ class Scores:
     """Scores of all units of the layers 0 to the cap.
 
     Attributes:
+        kind: which score it is.
         score: per layer, float64 (m,).
         activation: per layer, float64 (m,): mean activation at outlier tokens, whose sign is the
             unit's.
@@ -67,6 +68,7 @@ class Scores:
         images_with_outliers: of these, those with at least one.
     """
 
+    kind: Score
     score: tuple[NDArray[np.float64], ...]
     activation: tuple[NDArray[np.float64], ...]
     outliers: int
@@ -203,6 +205,7 @@ def _means(sums: _Sums, kind: Score) -> Scores:
                 "expected finite activations: check the weights"
             )
     return Scores(
+        kind=kind,
         score=tuple(score),
         activation=tuple(activation),
         outliers=sums.outliers,

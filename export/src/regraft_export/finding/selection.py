@@ -1,12 +1,13 @@
 """The smallest set of units whose redirect removes the outlier tokens, as register neurons.
 
 Judged (see ``judge.py``) on at most 32 images that were not used for scoring, and searched for as
-``search.py`` describes.
+``search.py`` describes: first among the units that each contribute a hundredth of the outliers'
+norm or more (notable ones), then, if these do not pass, among all with a positive score.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from regraft_export.finding.judge import (
     Judge,
     Limits,
     Outcome,
+    Unit,
     register_neurons,
 )
 from regraft_export.finding.outliers import Detection
@@ -28,6 +30,8 @@ from regraft_export.finding.score import Scores
 from regraft_export.finding.search import Search, sizes
 from regraft_export.vit.hooks import redirected
 from regraft_export.vit.structure import VisionTransformer
+
+NOTABLE = 0.01
 
 
 @dataclass(frozen=True)
@@ -79,29 +83,40 @@ def select(
     if max_neurons < 1:
         raise InputError(f"max neurons is {max_neurons}; expected at least 1")
     judge = Judge(vit, pixels, detection, scores, batch_size)
-    search = Search(judge, scores, max_neurons, advance)
-    for limits in judge.limits():
-        units = search.smallest(limits)
-        if units:
+    ranking = scores.ranking()[:max_neurons]
+    notable = _notable(ranking, scores, detection)
+    for among in notable, ranking:
+        search = Search(judge, scores, among, notable, advance)
+        for limits in judge.limits():
+            units = search.smallest(limits)
+            if not units:
+                continue
             neurons = _with_values(vit, pixels, register_neurons(units, scores), batch_size)
             outcome = judge.run(units)
             return Selection(neurons, limits, judge.before, outcome, judge.median, judge.runs)
-    raise GateError(_not_removed(judge, search, detection))
+    raise GateError(_not_removed(judge, ranking, detection.layer))
 
 
-def _not_removed(judge: Judge, search: Search, detection: Detection) -> str:
-    units = search.units_of(search.layers)
-    if not units:
+def _notable(ranking: Sequence[Unit], scores: Scores, detection: Detection) -> Sequence[Unit]:
+    """The units that contribute a notable part of the outliers' norm; none for other scores."""
+    if scores.kind != "contribution":
+        return []
+    least = NOTABLE * detection.found.typical
+    return [(layer, index) for layer, index in ranking if scores.score[layer][index] >= least]
+
+
+def _not_removed(judge: Judge, ranking: Sequence[Unit], layer: int) -> str:
+    if not ranking:
         return "no unit has a positive score, so nothing can be selected; try the other --score"
-    tried = {size: judge.run(units[:size]) for size in sizes(len(units))}
+    tried = {size: judge.run(ranking[:size]) for size in sizes(len(ranking))}
     size, best = min(tried.items(), key=lambda item: (item[1].outliers, item[1].largest))
     removed = 1 - best.outliers / judge.before
     return (
-        f"no set of at most {len(units)} units removes the outlier tokens at layer "
-        f"{detection.layer}: the best {size} remove {removed:.1%} of {judge.before} and leave the "
-        f"largest patch norm at {best.largest / judge.median:.2f} times the median; expected "
-        f"{REMOVED:.0%} and {TIMES_MEDIAN:g} times: try --max-neurons above {search.max_neurons}, "
-        "another --detection-layer, or more images"
+        f"no set of at most {len(ranking)} units removes the outlier tokens at layer {layer}: the "
+        f"best {size} remove {removed:.1%} of {judge.before} and leave the largest patch norm at "
+        f"{best.largest / judge.median:.2f} times the median; expected {REMOVED:.0%} and "
+        f"{TIMES_MEDIAN:g} times: try a larger --max-neurons, another --detection-layer, or more "
+        "images"
     )
 
 

@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from regraft.errors import RewriteError
 
 
 def read(model: onnx.ModelProto) -> gs.Graph:
     """A graph to rewrite; the proto is not changed. Nodes get names where they have none."""
-    graph = gs.import_onnx(model)
+    with _quiet():
+        graph = gs.import_onnx(model)
+    _load_bfloat16(graph, model)
     for i, node in enumerate(graph.nodes):
         node.name = node.name or f"{node.op}_{i}"
     return graph
+
+
+def _load_bfloat16(graph: gs.Graph, model: onnx.ModelProto) -> None:
+    # graphsurgeon gives such constants no numpy type until their values are read, and then warns.
+    tensors = graph.tensors()
+    for initializer in model.graph.initializer:
+        constant = tensors.get(initializer.name)
+        if initializer.data_type == onnx.TensorProto.BFLOAT16 and constant is not None:
+            constant.values = np.array(onnx.numpy_helper.to_array(initializer))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """graphsurgeon prints to stdout, where answers for machines go."""
+    severity = G_LOGGER.severity
+    G_LOGGER.severity = G_LOGGER.ERROR
+    try:
+        yield
+    finally:
+        G_LOGGER.severity = severity
 
 
 def write(graph: gs.Graph, *, shapes_changed: bool) -> onnx.ModelProto:

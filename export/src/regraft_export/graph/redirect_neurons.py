@@ -27,7 +27,7 @@ from regraft.neurons import RegisterNeuron
 from regraft.redirect import RedirectOptions
 from regraft.tokens import TokenLayout
 from regraft_export.graph.anchors import DownProjection
-from regraft_export.graph.document import Editor, replace_uses
+from regraft_export.graph.document import Editor
 
 
 def redirect_neurons(
@@ -55,9 +55,9 @@ def redirect_neurons(
     weight[site.indices] = 0
     down.matmul.inputs[1] = site.editor.constant(f"{stem}.weight", weight)
     if options.value == "constant" and site.only_registers:
-        _fold_into_bias(graph, site, stem)
+        _fold_into_bias(site, stem)
     else:
-        _add(graph, site, stem, _delta(site, stem))
+        _add(site, stem, _delta(site, stem))
     return len(site.editor.added)
 
 
@@ -126,7 +126,7 @@ def _constant_values(site: _Site) -> NDArray[np.generic]:
     return np.array([n.value for n in site.neurons], dtype=site.dtype)
 
 
-def _fold_into_bias(graph: gs.Graph, site: _Site, stem: str) -> None:
+def _fold_into_bias(site: _Site, stem: str) -> None:
     """b (D,) becomes (T + R, D): the register's row carries value @ W[N]."""
     down, layout = site.down, site.layout
     written = _constant_values(site).astype(np.float64) @ site.rows.astype(np.float64)
@@ -140,13 +140,16 @@ def _fold_into_bias(graph: gs.Graph, site: _Site, stem: str) -> None:
         inputs = down.bias_add.inputs
         down.bias_add.inputs = [constant if t is down.bias else t for t in inputs]
     else:
-        _add(graph, site, stem, constant)
+        _add(site, stem, constant)
 
 
-def _add(graph: gs.Graph, site: _Site, stem: str, delta: gs.Tensor) -> None:
+def _add(site: _Site, stem: str, delta: gs.Tensor) -> None:
+    # The sum takes the place of y, also where y leaves the block or the graph.
     y = site.down.output
-    total = site.editor.node("Add", f"{stem}.add", [y, delta])
-    replace_uses(graph, y, total, keep=site.editor.added)
+    alone = gs.Variable(site.editor.names.new(f"{stem}.alone"), dtype=y.dtype)
+    y.inputs[0].outputs = [alone]
+    site.editor.node("Add", f"{stem}.add", [alone, delta])
+    site.editor.added[-1].outputs = [y]
 
 
 def _delta(site: _Site, stem: str) -> gs.Variable:

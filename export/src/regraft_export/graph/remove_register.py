@@ -65,15 +65,16 @@ def set_outputs(
     editor = Editor(graph)
     results: list[gs.Variable] = []
     for name, (value, shape) in outputs.items():
-        existing = graph.tensors().get(name)
-        if existing is not None and existing is not value:
-            existing.name = editor.names.new(f"{name}.inner")
         needs_cast = value.dtype not in (np.float32, None)
         if needs_cast or any(value is t for t in results) or not value.inputs:
             attrs = {"to": 1} if needs_cast else {}
             value = editor.node(
                 "Cast" if needs_cast else "Identity", f"regraft.output.{name}", [value], attrs
             )
+        # The tensor that has the name so far may be the very one that was just cast.
+        existing = graph.tensors().get(name)
+        if existing is not None and existing is not value:
+            existing.name = editor.names.new(f"{name}.inner")
         value.name, value.dtype, value.shape = name, np.dtype(np.float32), list(shape)
         results.append(value)
     graph.outputs = results

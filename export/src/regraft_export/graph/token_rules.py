@@ -160,7 +160,8 @@ def _aligned(tokens: int, taken: list[tuple[int, int]], made: list[int], carrier
     # What was merged with the tokens before may lie on either side of them.
     spare = prod(sizes[holders[0] : holders[-1] + 1]) // tokens ** len(holders)
     first, last = prod(made[:carrier]), prod(made[carrier + 1 :])
-    return spare % (first // gcd(first, front) * (last // gcd(last, behind))) == 0
+    cut = first // gcd(first, front) * (last // gcd(last, behind))
+    return bool(spare % cut == 0)
 
 
 def _expand(axis: TokenAxis, node: gs.Node) -> list[Dims]:

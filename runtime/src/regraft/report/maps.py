@@ -117,7 +117,7 @@ class _Block:
     def _attention(self, when: When) -> Markup:
         values = self._grid(self._state(when).attention)
         if when == "before":
-            other = ("outlier tokens", float(values[self._outliers(when)].sum()))
+            other = ("outliers", float(values[self._outliers(when)].sum()))
         else:
             effect = self.found.samples[self.i].effect
             other = ("register", effect.register_attention[effect.detection_layer])
@@ -136,8 +136,7 @@ class _Block:
         return patches.reshape(manifest.tokens.grid)
 
     def _outliers(self, when: When) -> NDArray[np.bool_]:
-        outliers = self.found.outliers(self._state(when))[self.i]
-        return outliers.reshape(self.found.manifest.tokens.grid)
+        return self._grid(self._state(when).norms) > self.found.manifest.threshold
 
 
 def _map(

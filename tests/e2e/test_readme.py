@@ -1,0 +1,93 @@
+"""README's commands and code, run as they stand, on the small ViT instead of a download."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from regraft.cli.main import main
+from regraft.cli.table import all_commands
+from regraft_export.demo import sample_images_folder
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+SHIPPED = "python:regraft_export.demo:shipped_vit"
+MODEL = "timm:vit_base_patch14_dinov2.lvd142m"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("regraft ")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(sample_images_folder(), folder / "photos")
+    return folder
+
+
+def test_readme_leads_with_the_two_commands() -> None:
+    first = blocks("")[0].splitlines()
+    assert [line.split("#")[0].strip() for line in first] == ["make demo", "make test"]
+
+
+def test_every_command_of_readme_runs_and_its_code_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    run = commands()
+    assert [line.split()[1] for line in run] == ["find", "export", "report", "extract"]
+    for line in run:
+        assert MODEL in line or " bundle " in line
+        code = main(shlex.split(line.replace(MODEL, SHIPPED))[1:])
+        assert code == 0, f"{line}: {capsys.readouterr().err}"
+    (code_block,) = blocks("python")
+    names = {"cat.jpg": "photos/00.png", "dog.jpg": "photos/01.png"}
+    for name, picture in names.items():
+        code_block = code_block.replace(name, picture)
+    scope = {"paths": sorted((folder / "photos").iterdir())[:5]}
+    exec(compile(code_block, "README.md", "exec"), scope)
+    features, batch = scope["features"], scope["batch"]
+    assert features.cls.shape == (2, 128)
+    assert features.patches.shape[:1] == (2,)
+    assert features.pooled.shape[0] == 2
+    assert len(batch) == 5 % 8
+    saved = np.load(folder / "features.npz")
+    assert np.allclose(saved["cls"][:2], features.cls, rtol=1e-4, atol=1e-5)
+
+
+def test_readme_names_every_command_and_no_other() -> None:
+    named = set(re.findall(r"^\| `regraft (\w+)", README, re.MULTILINE))
+    assert named == {command.name for command in all_commands()}
+
+
+def test_install_lines_name_folders_and_extras_that_exist() -> None:
+    root = Path(__file__).parents[2]
+    found = re.findall(r'"\./(\w+)\[([\w,-]+)\]"', README)
+    assert found
+    for name, extras in found:
+        text = (root / name / "pyproject.toml").read_text(encoding="utf-8")
+        for extra in extras.split(","):
+            assert re.search(rf"^{extra} = \[", text, re.MULTILINE), f"{name}[{extra}]"
+
+
+def test_the_options_readme_names_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    helps = ""
+    for command in all_commands():
+        with pytest.raises(SystemExit):
+            main([command.name, "--help"])
+        helps += capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    helps += capsys.readouterr().out
+    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    assert {option for option in options if option not in helps} == set()

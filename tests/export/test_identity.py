@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+from tests.support import bundles
+
+from regraft.errors import NeuronsError
+from regraft.neurons import Neurons, RegisterNeuron
+from regraft_export.finding.fingerprint import fingerprint
+from regraft_export.identity import check_identity
+
+SHA = bundles.loaded().weights_sha256
+
+
+def check(neurons: Neurons, force: bool = False) -> list[str]:
+    return check_identity(neurons, bundles.loaded(), bundles.vit(), force)
+
+
+def test_neurons_of_this_model_and_size_pass_without_a_word() -> None:
+    assert check(bundles.found()) == []
+    # Older files may not tell the size.
+    assert check(bundles.neurons(weights_sha256=SHA)) == []
+
+
+def test_a_list_made_by_hand_is_taken_with_a_warning() -> None:
+    assert check(bundles.neurons()) == [
+        "the neurons file says nothing of its model (made by hand?), so it cannot be checked that "
+        "the neurons belong to these weights"
+    ]
+
+
+def test_neurons_of_another_model_are_refused_or_forced() -> None:
+    other = bundles.neurons(model="timm:other", weights_sha256="0123456789abcdef" * 4)
+    objection = (
+        "the neurons were found in timm:other with weights 0123456789ab..., this model is "
+        f"{bundles.PLANTED} with weights {SHA[:12]}..."
+    )
+    with pytest.raises(NeuronsError) as caught:
+        check(other)
+    assert str(caught.value) == (
+        f"{objection}; run `regraft find` for this model and size, or give --force"
+    )
+    assert check(other, force=True) == [f"{objection} (forced)"]
+
+
+def test_neurons_of_another_size_are_refused_or_forced() -> None:
+    other = bundles.neurons(weights_sha256=SHA, image_size=[64, 32])
+    objection = (
+        "the neurons were found at image size [64, 32], this export has [32, 32]; neuron sets "
+        "depend on the resolution"
+    )
+    with pytest.raises(NeuronsError) as caught:
+        check(other)
+    assert str(caught.value) == (
+        f"{objection}; run `regraft find` for this model and size, or give --force"
+    )
+    assert check(other, force=True) == [f"{objection} (forced)"]
+
+
+def test_weights_resampled_for_another_size_are_known_by_their_down_projections() -> None:
+    # The position embedding is resampled at load, so the hash differs.
+    weights = {i: bundles.vit().blocks[i].down.weight.numpy() for i in (1, 2)}
+    prints = {str(i): fingerprint(weight, None) for i, weight in weights.items()}
+    other = bundles.neurons(weights_sha256="f" * 64, image_size=[64, 64], fingerprints=prints)
+    (line,) = check(other, force=True)
+    assert line.startswith("the neurons were found at image size [64, 64]")
+    prints["2"] = fingerprint(weights[1], None)
+    assert len(check(other, force=True)) == 2
+
+
+def test_both_objections_are_named() -> None:
+    other = bundles.neurons(weights_sha256="f" * 64, image_size=[64, 64])
+    match = r"image size \[64, 64\], .* another model with weights ffff"
+    with pytest.raises(NeuronsError, match=match):
+        check(other)
+    assert len(check(other, force=True)) == 2
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_neurons_outside_the_model_are_refused_even_by_force(force: bool) -> None:
+    with pytest.raises(NeuronsError) as caught:
+        check(Neurons((RegisterNeuron(1, 96),)), force)
+    assert str(caught.value) == (
+        "neuron (layer 1, index 96): layer 1 has 96 hidden units, so indices run from 0 to 95"
+    )
+    with pytest.raises(NeuronsError) as caught:
+        check(Neurons((RegisterNeuron(4, 0),)), force)
+    assert str(caught.value) == (
+        "neuron (layer 4, index 0): the model has 4 blocks, so layers run from 0 to 3"
+    )
+
+
+@pytest.mark.parametrize("about", [{"weights_sha256": 5}, {"weights_sha256": None}])
+def test_a_hash_that_is_none_is_another_models(about: dict[str, object]) -> None:
+    with pytest.raises(NeuronsError, match="found in another model with weights"):
+        check(bundles.neurons(**about))
