@@ -51,9 +51,7 @@ def words(name: str, made: Path, out: Path) -> list[str]:
 
 @pytest.mark.parametrize("delay", [0.5, 3.0])
 @pytest.mark.parametrize("name", ["find", "export", "verify", "extract", "report", "bench", "demo"])
-def test_ctrl_c_leaves_nothing_behind(
-    name: str, delay: float, made: Path, tmp_path: Path
-) -> None:
+def test_ctrl_c_leaves_nothing_behind(name: str, delay: float, made: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*REGRAFT, *words(name, made, tmp_path)],
         stdout=subprocess.PIPE,

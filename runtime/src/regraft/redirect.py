@@ -6,6 +6,7 @@ The arithmetic is Algorithm 2 of "Vision Transformers Don't Need Trained Registe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -54,6 +55,8 @@ class RedirectOptions:
                 f"scale has {len(self.scale)} values for {self.registers} registers; "
                 "expected one per register"
             )
+        if not all(math.isfinite(factor) for factor in self.scale):
+            raise InputError(f"scale is {self.scale}; expected finite numbers")
 
     def to_json(self) -> dict[str, Any]:
         """The options as plain JSON values."""

@@ -44,7 +44,7 @@ class Verification:
         reference: what it was compared with.
         images: how many.
         parity: one comparison per graph and output.
-        effect: what the patch does; None without probe graphs.
+        effect: what the patch does; None without probe graphs, or where ort-cpu cannot run them.
     """
 
     engine: str
@@ -161,7 +161,9 @@ def verify(
         The findings; call :meth:`Verification.gate` to make a missed limit an error.
     """
     manifest = bundle.manifest
-    has_probes = {"probe", "probe_baseline"} <= set(manifest.graphs)
+    # The probes run on ort-cpu, which has no bf16.
+    runs = manifest.precision != "bf16"
+    has_probes = runs and {"probe", "probe_baseline"} <= set(manifest.graphs)
     compared = [g for g in ("model", "baseline") if g in manifest.graphs]
     probes = ["probe_baseline", "probe"] if has_probes else []
     meters: dict[tuple[str, str], Meter] = {}

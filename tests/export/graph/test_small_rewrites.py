@@ -160,6 +160,8 @@ def test_norms_of_every_token_in_float32(kind: str) -> None:
     set_outputs(graph, {"norms.2": (norms, ("batch", 5))})
     proto = write(graph, shapes_changed=True)
     onnx.checker.check_model(proto, full_check=True)
+    kinds = [node.op_type for node in proto.graph.node]
+    assert kinds == (["Neg", "ReduceL2"] if kind == "float" else ["Neg", "Cast", "ReduceL2"])
     # 300 squared is more than half precision holds.
     x = np.random.default_rng(0).uniform(300, 500, (2, 5, 8))
     x = x.astype(np.float16 if kind == "float16" else np.float32)

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
@@ -241,9 +242,13 @@ def _outliers_replaced(
     """Patches above mean + 1 standard deviation become the mean; back at their places."""
     ed, layout = site.editor, site.layout
     off = ed.node("Sub", f"{stem}.off", [inner, mean])
-    square = ed.node("Mul", f"{stem}.square", [off, off])
+    # Squares are taken in float32: in fp16 a deviation of 256 would overflow.
+    wide = ed.node("Cast", f"{stem}.wide", [off], {"to": 1}, dtype=np.float32)
+    square = ed.node("Mul", f"{stem}.square", [wide, wide])
     variance = ed.node("ReduceMean", f"{stem}.variance", [square, site.axes(1)], {"keepdims": 1})
-    deviation = ed.node("Sqrt", f"{stem}.deviation", [variance])
+    root = ed.node("Sqrt", f"{stem}.root", [variance])
+    kind = onnx.helper.np_dtype_to_tensor_dtype(site.dtype)
+    deviation = ed.node("Cast", f"{stem}.deviation", [root], {"to": kind}, dtype=site.dtype)
     signs = ed.constant(f"{stem}.signs", site.signs)
     signed = ed.node("Mul", f"{stem}.signed_off", [off, signs])
     above = ed.node("Greater", f"{stem}.above_mean", [signed, deviation], dtype=np.bool_)

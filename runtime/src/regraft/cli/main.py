@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
@@ -38,25 +39,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    with_traceback = "--traceback" in words
-    try:
-        with _terminable(), _warnings_in_one_line():
-            code = _dispatch(words)
-            sys.stdout.flush()
-        return code
-    except RegraftError as error:
-        if with_traceback:
-            traceback.print_exc()
-        else:
-            print(f"regraft: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("regraft: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The interpreter flushes stdout once more on its way out and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return READER_GONE
+    with _signals() as seen:
+        try:
+            with _warnings_in_one_line():
+                code = _dispatch(words)
+                sys.stdout.flush()
+            return code
+        except KeyboardInterrupt:
+            return _interrupted()
+        except BrokenPipeError:
+            # The interpreter flushes stdout once more on its way out and would complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return READER_GONE
+        except RegraftError as error:
+            if seen.interrupt:  # what the interrupt broke, such as a half-done import, is no news
+                return _interrupted()
+            if "--traceback" in words:
+                traceback.print_exc()
+            else:
+                print(f"regraft: {' '.join(str(error).split())}", file=sys.stderr)
+            return 1
+        except Exception:
+            if seen.interrupt:
+                return _interrupted()
+            raise
+
+
+def _interrupted() -> int:
+    print("regraft: interrupted", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _dispatch(words: list[str]) -> int:
@@ -123,22 +134,43 @@ def _add_traceback(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Lets SIGTERM (`docker stop`) unwind the stack, so that half-written outputs are removed."""
+@dataclass
+class _Seen:
+    """Whether Ctrl-C came: code that is interrupted may answer with an error of its own."""
 
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
+    interrupt: bool = False
+
+
+@contextmanager
+def _signals() -> Iterator[_Seen]:
+    """Lets Ctrl-C and SIGTERM (`docker stop`) unwind the stack, so that outputs are whole or none.
+
+    Ctrl-C is also noted: an import of compiled code that is interrupted fails with an ImportError.
+    """
+    seen = _Seen()
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        seen.interrupt = True
+        raise KeyboardInterrupt
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(TERMINATED)
 
+    wanted = {signal.SIGINT: interrupt, signal.SIGTERM: terminate}
+    before = {}
     try:
-        before = signal.signal(signal.SIGTERM, stop)
+        for number, handler in wanted.items():
+            # Ctrl-C that somebody switched off (nohup, a shell's background job) stays off.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
     except ValueError:  # not the main thread: whoever owns the process decides
-        yield
+        yield seen
         return
     try:
-        yield
+        yield seen
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 @contextmanager

@@ -109,7 +109,10 @@ def lines(found: Verification) -> Iterator[str]:
         yield f"  probes: {len(probes)} outputs compared, largest relative error {worst:.1e}"
     effect = found.effect
     if effect is None:
-        yield "effect: not measured, the bundle has no probes (exported with --no-baseline)"
+        yield (
+            "effect: not measured: the bundle has no probes (exported with --no-baseline), or they "
+            "are bf16, which ort-cpu cannot run"
+        )
         return
     yield (
         f"effect at layer {effect.detection_layer}: outlier tokens (norm above "
