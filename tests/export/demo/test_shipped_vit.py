@@ -75,16 +75,8 @@ def test_two_outlier_tokens_per_image(runs: Runs) -> None:
     assert 1.9 <= figures["outliers_per_image"] <= 2.1
     assert figures["images_with_two"] >= 0.95
     assert 5 <= figures["outlier_ratio"] <= 7
+    assert figures["largest_other"] < 2
     assert figures["largest_cls"] < 2
-
-
-def test_ordinary_patches_stay_ordinary(runs: Runs) -> None:
-    ratios = runs.plain.ratios(PATCHES)[:, :, 1:]
-    others = ratios.masked_fill(ratios[runs.layer] > measure.OUTLIER, 0.0)
-    first = min(layer for layer, _ in runs.units)
-    # The first block spreads norms most, before any unit writes: one patch in 16,384 has 2.1 times.
-    assert float(others.max()) < 2.5 < measure.OUTLIER
-    assert float(others[first:].max()) < 2
 
 
 def test_outlier_tokens_persist_to_the_last_block(runs: Runs) -> None:
@@ -100,9 +92,7 @@ def test_outlier_tokens_are_the_calm_patches(runs: Runs) -> None:
 
 def test_silencing_the_units_leaves_no_outlier_in_any_block(runs: Runs) -> None:
     ratios = runs.silenced.ratios(PATCHES)
-    first = min(layer for layer, _ in runs.units)
-    assert float(ratios.max()) < 2.5 < measure.OUTLIER
-    assert float(ratios[first:].max()) < 2
+    assert float(ratios.max()) < 2
 
 
 def test_redirecting_the_units_cleans_the_patches(runs: Runs) -> None:
@@ -110,9 +100,8 @@ def test_redirecting_the_units_cleans_the_patches(runs: Runs) -> None:
     ratios = runs.redirected.ratios(PATCHES)
     after = ratios[runs.layer, :, 1:] > measure.OUTLIER
     cosine = functional.cosine_similarity(runs.redirected.logits, runs.plain.logits)
-    first = min(layer for layer, _ in runs.units)
     assert int(after.sum()) <= 0.05 * int(before.sum())
-    assert float(ratios[first:, :, 1:].max()) < 2
+    assert float(ratios[:, :, 1:].max()) < 2
     assert float(cosine.median()) >= 0.98
 
 
@@ -136,18 +125,13 @@ def test_contribution_ranks_the_true_units_first(runs: Runs) -> None:
     assert all(truth[:9])
 
 
-def test_the_work_is_spread_over_the_units(runs: Runs) -> None:
+def test_every_unit_takes_part_in_the_writing(runs: Runs) -> None:
     score = measure.contributions(runs.model, runs.plain, runs.layer, PATCHES)
-    shares = torch.stack([score[unit] for unit in runs.units]).detach()
+    shares = torch.stack([score[unit] for unit in runs.units]).detach() * len(runs.units)
     shares = shares / shares.sum()
-    # Training left three of the twelve nearly idle; the other nine share the writing.
-    fair = 0.25 / len(runs.units)
-    writers = {unit for unit, share in zip(runs.units, shares, strict=True) if share > fair}
-    assert len(writers) >= 9
-    assert float(shares.max()) < 0.25
-    # One of the nine writes through GELU's small negative values: the case that needs a sign.
-    negative = set(measure.negative_units(runs.plain, runs.units, PATCHES))
-    assert len(writers - negative) >= 8
+    # In equal shares; the weakest two do less than a quarter of one.
+    assert float(shares.min()) > 0.1
+    assert int((shares > 0.25).sum()) >= 10
 
 
 def test_files_are_small_and_complete() -> None:
