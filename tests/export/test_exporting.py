@@ -42,6 +42,7 @@ def test_a_bundle_holds_what_its_manifest_says(exported: Path) -> None:
     bundle = Bundle.open(exported)  # checks sizes and hashes
     manifest = bundle.manifest
     assert set(manifest.files) == FILES - {"manifest.json"}
+    assert (exported / "manifest.json").read_text() == manifest.text()
     assert dict(manifest.graphs) == {
         "model": "model.onnx",
         "baseline": "baseline.onnx",

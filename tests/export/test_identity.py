@@ -67,6 +67,42 @@ def test_weights_resampled_for_another_size_are_known_by_their_down_projections(
     assert len(check(other, force=True)) == 2
 
 
+def prints_of(*layers: int) -> dict[str, object]:
+    weights = {i: bundles.vit().blocks[i].down.weight.numpy() for i in layers}
+    return {str(i): fingerprint(weight, None) for i, weight in weights.items()}
+
+
+def test_without_a_hash_the_fingerprints_decide() -> None:
+    assert check(bundles.neurons(fingerprints=prints_of(1, 2))) == []
+    swapped = dict(zip("12", prints_of(2, 1).values(), strict=True))
+    objection = (
+        "the neurons were found in timm:other; its fingerprints do not match the down-projections "
+        f"of {bundles.PLANTED} in all of the layers 1, 2"
+    )
+    for prints in (swapped, prints_of(1), "none", {"1": 5, "2": {}}, {"1": {"shape": 1}}):
+        other = bundles.neurons(model="timm:other", fingerprints=prints)
+        with pytest.raises(NeuronsError) as caught:
+            check(other)
+        assert str(caught.value) == (
+            f"{objection}; run `regraft find` for this model and size, or give --force"
+        )
+        assert check(other, force=True) == [f"{objection} (forced)"]
+
+
+def test_without_a_hash_another_size_is_refused_all_the_same() -> None:
+    other = bundles.neurons(fingerprints=prints_of(1, 2), image_size=[64, 64])
+    (line,) = check(other, force=True)
+    assert line.startswith("the neurons were found at image size [64, 64]")
+
+
+def test_empty_fingerprints_say_nothing() -> None:
+    assert check(bundles.neurons(fingerprints={}))[0].startswith("the neurons file says nothing")
+
+
+def test_with_the_right_hash_fingerprints_may_miss_a_layer() -> None:
+    assert check(bundles.neurons(weights_sha256=SHA, fingerprints=prints_of(1))) == []
+
+
 def test_both_objections_are_named() -> None:
     other = bundles.neurons(weights_sha256="f" * 64, image_size=[64, 64])
     match = r"image size \[64, 64\], .* another model with weights ffff"

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from regraft import manifest as manifests
-from regraft.bundle import NEURONS, record
+from regraft.bundle import NEURONS, VERIFY, WEIGHTS, record
 from regraft.cli.main import main
 from regraft.manifest import Manifest, Sites
 from regraft.neurons import Neurons, RegisterNeuron
@@ -96,7 +96,8 @@ def _write_bundle(folder: Path, *, baseline: bool = True, precision: str = "fp32
         )
     neurons = Neurons((RegisterNeuron(1, 5, 9.0, 1, 2.5), RegisterNeuron(1, 7, 3.0, -1, -1.5)))
     (folder / NEURONS).write_text(json.dumps(neurons.to_json()))
-    names = [*(f"{kind}.onnx" for kind in kinds), "weights.data", NEURONS]
+    (folder / VERIFY).write_text('{"images": 4}')
+    names = [*(f"{kind}.onnx" for kind in kinds), WEIGHTS, NEURONS, VERIFY]
     manifest = Manifest(
         model={"source": "python:small.py:small", "architecture": "Small", "weights_sha256": "0"},
         preprocessing=Preprocessing(
@@ -119,7 +120,7 @@ def _write_bundle(folder: Path, *, baseline: bool = True, precision: str = "fp32
         files={name: record(folder / name) for name in names},
         versions={"regraft": "0.1.0"},
     )
-    (folder / manifests.NAME).write_text(json.dumps(manifest.to_json()))
+    (folder / manifests.NAME).write_text(manifest.text())
     return folder
 
 

@@ -9,12 +9,16 @@ import pytest
 
 from regraft.bundle import Bundle
 from regraft.errors import BundleError
+from regraft.manifest import digest
 
 
-def edit_manifest(folder: Path, edit: Callable[[dict], None]) -> None:
+def edit_manifest(folder: Path, edit: Callable[[dict], object], *, sealed: bool = True) -> None:
+    """Changes the manifest; sealed, as if export had written it so."""
     path = folder / "manifest.json"
     data = json.loads(path.read_text())
     edit(data)
+    if sealed:
+        data["sha256"] = digest(data)
     path.write_text(json.dumps(data))
 
 
@@ -85,6 +89,56 @@ def test_a_graph_must_have_its_sha256(bundle_folder: Path) -> None:
         Bundle.open(bundle_folder)
 
 
+@pytest.mark.parametrize("name", ["neurons.json", "verify.json", "weights.data", "baseline.onnx"])
+def test_what_a_bundle_needs_must_be_listed(bundle_folder: Path, name: str) -> None:
+    edit_manifest(bundle_folder, lambda data: data["files"].pop(name))
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(bundle_folder)
+    assert str(caught.value) == (
+        f"{bundle_folder}: its manifest has no sha256 for {name}; export again"
+    )
+
+
+def test_weights_inside_the_graphs_need_no_file(bundle_folder: Path) -> None:
+    edit_manifest(bundle_folder, lambda data: data["files"].pop("weights.data"))
+    (bundle_folder / "weights.data").unlink()
+    assert "weights.data" not in Bundle.open(bundle_folder).manifest.files
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda data: data["preprocessing"].update(mean=[0.4, 0.5, 0.5]),
+        lambda data: data["tokens"].update(grid=[2, 8]),
+        lambda data: data["files"].pop("verify.json"),
+        lambda data: data.update(note="mine"),
+        lambda data: data.update(sha256="0" * 64),
+    ],
+    ids=["mean", "grid", "unlisted", "added", "seal"],
+)
+def test_an_edited_manifest_is_named(bundle_folder: Path, edit: Callable[[dict], object]) -> None:
+    edit_manifest(bundle_folder, edit, sealed=False)
+    for verify_hashes in (True, False):
+        with pytest.raises(BundleError) as caught:
+            Bundle.open(bundle_folder, verify_hashes)
+        assert str(caught.value) == (
+            f"{bundle_folder / 'manifest.json'}: was changed after export; export again"
+        )
+
+
+def test_a_manifest_without_its_sha256_is_refused(bundle_folder: Path) -> None:
+    edit_manifest(bundle_folder, lambda data: data.pop("sha256"), sealed=False)
+    with pytest.raises(BundleError, match=r"manifest\.json: the field 'sha256' is missing; export"):
+        Bundle.open(bundle_folder)
+
+
+def test_another_order_of_the_same_manifest_is_no_change(bundle_folder: Path) -> None:
+    path = bundle_folder / "manifest.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(data.items()))))
+    assert Bundle.open(bundle_folder).manifest.precision == "fp32"
+
+
 def test_what_is_no_bundle_says_what_was_expected(tmp_path: Path) -> None:
     expected = r"expected a folder with manifest\.json, as `regraft export` writes it"
     (tmp_path / "file").write_text("")
@@ -136,10 +190,10 @@ def test_a_graph_that_was_left_out(tmp_path: Path, write_bundle: Callable[..., P
 
 def test_verification_is_read_or_missed(bundle_folder: Path) -> None:
     bundle = Bundle.open(bundle_folder)
+    assert bundle.verification() == {"images": 4}
+    (bundle_folder / "verify.json").unlink()
     with pytest.raises(BundleError, match=r"verify\.json: cannot be read"):
         bundle.verification()
-    (bundle_folder / "verify.json").write_text('{"images": 4}')
-    assert bundle.verification() == {"images": 4}
     (bundle_folder / "verify.json").write_text("[]")
     with pytest.raises(BundleError, match=r"verify\.json: is not a JSON object"):
         bundle.verification()

@@ -108,13 +108,16 @@ def test_what_the_cosines_compare(kind: str, class_token: bool, names: list[str]
     assert effect.cosine_smallest == pytest.approx(cosines.min(), abs=1e-6)
 
 
-def test_without_outliers_before_all_are_removed() -> None:
+@pytest.mark.parametrize("created", [0, 3])
+def test_without_outliers_before_no_share_is_removed(created: int) -> None:
     baseline, patched = outputs(2, 6, 0), outputs(2, 8, 1)
+    patched["norms.1"][0, 2 : 2 + created] = 50
     meter = EffectMeter(MANIFEST)
     meter.update(baseline, patched)
     effect = meter.result()
-    assert (effect.before.outliers, effect.removed) == (0, 1.0)
-    assert effect.to_json()["removed"] == 1.0
+    assert (effect.before.outliers, effect.after.outliers) == (0, created)
+    assert effect.removed is None
+    assert json.loads(json.dumps(effect.to_json()))["removed"] is None
 
 
 def test_nan_is_no_normal_token_and_json_stays_json() -> None:

@@ -93,6 +93,7 @@ def test_a_stack_of_arrays_is_a_list_of_images(extractor: Extractor) -> None:
         (7, "images: got int; expected paths, PIL images, uint8 arrays"),
         (np.zeros((2, 3, 8, 8), np.float32), r"got float32 of shape \(2, 3, 8, 8\); expected"),
         (np.zeros((2, 3, 16, 16)), "got float64 of shape"),
+        (np.array(3, np.float32), "pixel_values: got a scalar; expected float32 of shape"),
         (["missing.jpg"], "missing.jpg: no such file"),
         ([np.zeros((4, 4), np.uint8)], r"an array of shape \(4, 4\)"),
     ],
@@ -159,6 +160,19 @@ def test_a_stream_that_is_left_stops_its_threads(extractor: Extractor, photos: l
         break
     gc.collect()
     assert threading.active_count() == before
+
+
+def test_a_stream_of_one_buffer_filled_anew(extractor: Extractor) -> None:
+    frames = np.random.default_rng(5).integers(0, 256, (20, 40, 30, 3), np.uint8)
+
+    def camera() -> Iterator[np.ndarray]:
+        buffer = np.empty(frames.shape[1:], np.uint8)
+        for frame in frames:
+            buffer[:] = frame
+            yield buffer
+
+    got = Features.concatenate(list(extractor.stream(camera())))
+    assert_equal(got, extractor.extract(list(frames)))
 
 
 def test_only_wanted_outputs_are_computed(pristine_bundle: Path, photos: list[Path]) -> None:
@@ -234,6 +248,25 @@ def test_nan_is_reported_with_its_image(pristine_bundle: Path, photos: list[Path
     inf = FakeEngine(bundle, fill=np.inf)
     with Extractor.open(bundle, inf) as extractor, pytest.raises(EngineError, match="NaN or Inf"):
         extractor.extract(photos[0])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_in_the_input_is_said_of_the_input(extractor: Extractor, value: float) -> None:
+    pixels = np.zeros((7, 3, 16, 16), np.float32)
+    pixels[5, 1, 2, 3] = value
+    for ask in (extractor.run, extractor.extract):
+        with pytest.raises(InputError) as caught:
+            ask(pixels)
+        assert str(caught.value) == (
+            "pixel_values: NaN or Inf in image 5, counted from 0; expected finite numbers"
+        )
+
+
+@pytest.mark.parametrize("pixels", [None, 3, [1.0]], ids=str)
+def test_a_run_of_no_array_is_refused(extractor: Extractor, pixels: object) -> None:
+    name = type(pixels).__name__
+    with pytest.raises(InputError, match=f"pixel_values: got {name}; expected float32 of shape"):
+        extractor.run(pixels)
 
 
 def test_a_graph_that_lacks_an_output_is_refused(pristine_bundle: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import tempfile
@@ -114,11 +115,15 @@ def test_a_swap_that_is_interrupted_is_undone(
 def test_an_existing_output_is_refused_by_name(tmp_path: Path) -> None:
     target = tmp_path / "out.npz"
     target.write_text("old")
-    message = f"{target}: exists already; give --force to replace it"
-    for opened in (whole_file(target), whole_folder(target, "manifest.json")):
+    bundle = tmp_path / "bundle"
+    fill_folder(bundle, "old")
+    for path, opened in (
+        (target, whole_file(target)),
+        (bundle, whole_folder(bundle, "manifest.json")),
+    ):
         with pytest.raises(OutputExistsError) as caught, opened:
             pytest.fail("the block must not run")
-        assert str(caught.value) == message
+        assert str(caught.value) == f"{path}: exists already; give --force to replace it"
     assert target.read_text() == "old"
 
 
@@ -149,6 +154,48 @@ def test_kinds_are_not_confused(tmp_path: Path) -> None:
         fill_folder(tmp_path / "file", "new", force=True)
     with pytest.raises(InputError, match="folder: is a folder; expected the name of a file"):
         fill_file(tmp_path / "folder", "new", force=True)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_another_kind_is_refused_before_the_work_and_without_advising_force(
+    tmp_path: Path, force: bool
+) -> None:
+    file, folder, home = tmp_path / "file", tmp_path / "folder", tmp_path / "home"
+    file.write_text("")
+    folder.mkdir()
+    home.mkdir()
+    (home / "thesis.tex").write_text("years")
+    for path, marker, message in (
+        (folder, None, "is a folder; expected the name of a file"),
+        (file, "manifest.json", "is a file; expected the name of a folder"),
+        (home, "manifest.json", "is a folder without manifest.json, so --force does not replace"),
+    ):
+        with pytest.raises(InputError) as caught:
+            check_output(path, force, marker=marker)
+        assert str(caught.value).startswith(f"{path}: {message}")
+    assert check_output(folder, force=True, marker="manifest.json") == folder.resolve()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a /proc")
+def test_a_place_that_takes_no_files_is_one_line() -> None:
+    with pytest.raises(InputError) as caught:
+        check_output("/proc/a.npz")
+    assert str(caught.value).startswith("/proc/a.npz: cannot be written (")
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EINVAL, errno.ESTALE, errno.ETXTBSY])
+def test_whatever_the_place_answers_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(self: Path, **_: object) -> None:
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(InputError) as caught:
+        check_output(tmp_path / "out.npz")
+    assert str(caught.value) == (
+        f"{tmp_path / 'out.npz'}: cannot be written ({os.strerror(number)}); choose another place"
+    )
 
 
 def test_devices_and_missing_folders_are_refused(tmp_path: Path) -> None:

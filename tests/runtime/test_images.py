@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import pytest
 from PIL import Image
 
 from regraft.errors import ImageError, InputError
-from regraft.images import decode, list_images, name_of
+from regraft.images import decode, list_images, name_of, private
 from regraft.preprocessing import Preprocessing
 
 HALF = (0.5, 0.5, 0.5)
@@ -124,8 +127,9 @@ def test_big_endian_sixteen_bit(tmp_path: Path) -> None:
         np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4),
         np.full((4, 4), 70000, np.int32),
         np.full((4, 4), -1, np.int32),
+        np.arange(16, dtype=np.int32).reshape(4, 4),
     ],
-    ids=["float", "above 16 bit", "negative"],
+    ids=["float", "above 16 bit", "negative", "as if 8 bit"],
 )
 def test_pixels_without_a_white_are_refused(tmp_path: Path, pixels: np.ndarray) -> None:
     path = tmp_path / "deep.tiff"
@@ -133,6 +137,19 @@ def test_pixels_without_a_white_are_refused(tmp_path: Path, pixels: np.ndarray) 
     with pytest.raises(ImageError, match="without a defined white; expected 8 or 16 bit") as caught:
         decode(path)
     assert str(path) in str(caught.value)
+    for picture in (Image.open(path), Image.fromarray(pixels)):
+        with pytest.raises(ImageError, match="without a defined white"):
+            decode(picture)
+
+
+def test_sixteen_bit_files_that_pillow_opens_as_32_bit() -> None:
+    deep = np.array([[0, 200, 0x8000, 0xFFFF]], np.uint16)
+    data = encoded(Image.fromarray(deep), "PPM")
+    assert Image.open(io.BytesIO(data)).mode == "I"
+    png = Image.open(io.BytesIO(data))
+    png.format = "PNG"  # as Pillow 10 opens it
+    for source in (data, png, private(png)):
+        assert np.asarray(decode(source))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -268,6 +285,80 @@ def test_names() -> None:
     assert name_of(Path("a/b.png")) == str(Path("a/b.png"))
     assert name_of("x.jpg") == "x.jpg"
     assert name_of(Image.new("RGB", (1, 1))) == "a picture given as Image"
+
+
+def test_names_are_one_line(tmp_path: Path) -> None:
+    assert name_of("a\nb\x1b[31m\x85\u2028.jpg") == r"a\nb\x1b[31m\x85\u2028.jpg"
+    assert name_of(r"C:\é 'ü'.jpg") == r"C:\é 'ü'.jpg"
+    for ask in (decode, list_images):
+        with pytest.raises(InputError) as caught:
+            ask(tmp_path / "a\nb.jpg")
+        assert str(caught.value).startswith(rf"{tmp_path}/a\nb.jpg: no such file")
+
+
+def damaged_exif() -> bytes:
+    block = b"MM\0*\0\0\0\x08\0\x02" + struct.pack(">HHII", 0x010F, 2, 999, 9999)
+    return encoded(texture(16, 24), "JPEG", exif=b"Exif\0\0" + block)
+
+
+def transparent_palette() -> bytes:
+    return encoded(texture(16, 24).quantize(8), "PNG", transparency=bytes(range(8)))
+
+
+def test_the_command_line_keeps_pillows_warnings_to_itself(
+    tmp_path: Path, pristine_bundle: Path
+) -> None:
+    for name, data, warning in (
+        ("exif.jpg", damaged_exif(), "Corrupt EXIF data"),
+        ("palette.png", transparent_palette(), "Palette images with Transparency"),
+    ):
+        with pytest.warns(UserWarning, match=warning):
+            decode(data)
+        (tmp_path / name).write_bytes(data)
+    words = ["extract", pristine_bundle, tmp_path, "--out", tmp_path / "features.npz"]
+    command = [sys.executable, "-m", "regraft", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert all(line.startswith("regraft") for line in done.stderr.splitlines()), done.stderr
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_threads_share_a_lazy_picture(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(texture(1500, 1500), kind, exif=exif)
+    expected = np.asarray(decode(data))
+    for _ in range(3):
+        shared = Image.open(io.BytesIO(data))
+        with ThreadPoolExecutor(4) as executor:
+            for decoded in executor.map(decode, [shared] * 4):
+                np.testing.assert_array_equal(np.asarray(decoded), expected)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
+def test_private_pictures_are_upright_and_independent(mode: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = texture(16, 24)
+    if mode != "RGB":
+        deep = np.asarray(picture)[..., 0].astype(np.uint16) * 257
+        picture = Image.fromarray(deep) if mode == "I;16" else picture.convert(mode)
+    source = Image.open(io.BytesIO(encoded(picture, "PNG", exif=exif)))
+    expected = np.asarray(decode(source))
+    own = private(source)
+    source.paste(0, (0, 0, *source.size))
+    assert expected.shape == (24, 16, 3)
+    np.testing.assert_array_equal(np.asarray(decode(own)), expected)
+
+
+def test_private_buffers_are_copies() -> None:
+    pixels, buffer = np.zeros((2, 2, 3), np.uint8), bytearray(b"abc")
+    own, own_view = private(pixels), private(memoryview(buffer))
+    own_buffer = private(buffer)
+    pixels[:], buffer[:] = 1, b"xyz"
+    assert (own.max(), own_buffer, own_view) == (0, b"abc", b"abc")
+    assert private("a.jpg") == "a.jpg"
 
 
 @pytest.mark.parametrize(

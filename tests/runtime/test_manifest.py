@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regraft.errors import BundleError
-from regraft.manifest import GRAPHS, SCHEMA, FileRecord, Manifest, Sites
+from regraft.manifest import GRAPHS, SCHEMA, FileRecord, Manifest, Sites, digest
 from regraft.preprocessing import Preprocessing
 from regraft.redirect import RedirectOptions
 from regraft.tokens import TokenLayout
@@ -47,50 +49,59 @@ preprocessings = st.builds(
     fill=st.tuples(*[st.integers(0, 255)] * 3),
     rescale=st.floats(1e-6, 10),
 )
-tokens = st.builds(
-    TokenLayout,
-    class_token=st.booleans(),
-    prefix=st.integers(0, 9),
-    grid=sizes,
-    width=st.integers(1, 4096),
-    depth=st.integers(1, 60),
-    heads=st.integers(1, 32),
-    test_time_registers=st.integers(1, 8),
-)
-manifests = st.builds(
-    Manifest,
-    model=st.dictionaries(text, text, max_size=3),
-    preprocessing=preprocessings,
-    tokens=tokens,
-    redirect=redirects(),
-    layers=st.lists(st.integers(0, 60), min_size=1, max_size=5).map(tuple),
-    detection_layer=st.integers(0, 60),
-    threshold=st.floats(0, 1e6),
-    outputs=st.dictionaries(
-        text, st.lists(st.integers(1, 999) | st.just("batch"), max_size=4).map(tuple), max_size=4
-    ),
-    precision=st.sampled_from(["fp32", "fp16", "bf16"]),
-    opset=st.integers(17, 25),
-    sites=st.builds(
-        Sites,
-        token=st.integers(0, 3),
-        redirect=st.integers(0, 40),
-        output=st.integers(0, 9),
-        mended=st.lists(text, max_size=4).map(tuple),
-    ),
-    graphs=st.dictionaries(st.sampled_from(GRAPHS), file_names, max_size=4),
-    files=st.dictionaries(
-        file_names, st.builds(FileRecord, sha256=text, bytes=st.integers(0, 2**50)), max_size=4
-    ),
-    versions=st.dictionaries(text, text, max_size=3),
-    verified=st.booleans(),
-)
+shapes = st.lists(st.integers(1, 999) | st.just("batch"), max_size=4).map(tuple)
 
 
-@given(manifests)
+@st.composite
+def layouts(draw: st.DrawFn, registers: int) -> TokenLayout:
+    class_token = draw(st.booleans())
+    return TokenLayout(
+        class_token=class_token,
+        prefix=draw(st.integers(int(class_token), 9)),
+        grid=draw(sizes),
+        width=draw(st.integers(1, 4096)),
+        depth=draw(st.integers(1, 60)),
+        heads=draw(st.integers(1, 32)),
+        test_time_registers=registers,
+    )
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    redirect = draw(redirects())
+    tokens = draw(layouts(redirect.registers))
+    blocks = st.integers(0, tokens.depth - 1)
+    last = {"last_hidden_state": ("batch", tokens.count, tokens.width)}
+    records = st.builds(FileRecord, sha256=text, bytes=st.integers(0, 2**50))
+    return Manifest(
+        model=draw(st.dictionaries(text, text, max_size=3)),
+        preprocessing=draw(preprocessings),
+        tokens=tokens,
+        redirect=redirect,
+        layers=tuple(sorted(draw(st.sets(blocks, min_size=1, max_size=5)))),
+        detection_layer=draw(blocks),
+        threshold=draw(st.floats(0, 1e6, exclude_min=True)),
+        outputs=draw(st.dictionaries(text, shapes, max_size=4)) | last,
+        precision=draw(st.sampled_from(["fp32", "fp16", "bf16"])),
+        opset=draw(st.integers(17, 25)),
+        sites=Sites(
+            token=draw(st.integers(0, 3)),
+            redirect=draw(st.integers(0, 40)),
+            output=draw(st.integers(0, 9)),
+            mended=tuple(draw(st.lists(text, max_size=4))),
+        ),
+        graphs=draw(st.dictionaries(st.sampled_from(GRAPHS), file_names, max_size=4)),
+        files=draw(st.dictionaries(file_names, records, max_size=4)),
+        versions=draw(st.dictionaries(text, text, max_size=3)),
+        verified=draw(st.booleans()),
+    )
+
+
+@given(manifests())
 def test_a_manifest_survives_its_file(manifest: Manifest) -> None:
-    data = json.loads(json.dumps(manifest.to_json(), allow_nan=False))
+    data = json.loads(manifest.text())
     assert Manifest.from_json(data) == manifest
+    assert data["sha256"] == digest(data)
     assert (data["schema"], data["input"]["shape"]) == (1, ["batch", 3, *manifest.image_size])
 
 
@@ -105,10 +116,17 @@ def reading(data: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("other", [None, [], "manifest", {}, {"schema": "1"}])
+@pytest.mark.parametrize("other", [None, [], "manifest", {}, {"sha256": "1"}])
 def test_what_is_no_manifest_is_refused(other: Any) -> None:
     assert reading(other) == (
         'bundle/manifest.json: is not a manifest; expected a JSON object with "schema"'
+    )
+
+
+@pytest.mark.parametrize("schema", ["1", True, 0, -1, 1.0, None])
+def test_a_schema_is_a_positive_integer(data: Any, schema: Any) -> None:
+    assert reading({**data, "schema": schema}) == (
+        f"bundle/manifest.json: schema is {schema!r}; expected an integer from 1 on"
     )
 
 
@@ -120,7 +138,7 @@ def test_a_newer_schema_is_refused(data: Any) -> None:
 
 
 def test_every_field_is_needed_and_named(data: Any) -> None:
-    for field in set(data) - {"schema", "input"}:
+    for field in set(data) - {"schema", "input", "sha256"}:
         without = copy.deepcopy(data)
         del without[field]
         assert reading(without) == (
@@ -143,6 +161,88 @@ def test_a_malformed_field_is_refused(data: Any, section: str, field: str, value
     message = reading(data)
     assert message.startswith("bundle/manifest.json: a field is malformed (")
     assert message.endswith("); export again")
+
+
+FROM_1 = "expected an integer from 1 on"
+LAST = 'outputs["last_hidden_state"]'
+BLOCKS = "of the 3 blocks, 0 to 2"
+POSITIVE = "expected a finite number above 0"
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("precision", "fp64", "is 'fp64'; expected one of fp32, fp16, bf16"),
+        ("opset", 0, f"is 0; {FROM_1}"),
+        ("opset", True, f"is True; {FROM_1}"),
+        ("verified", "no", "is 'no'; expected true or false"),
+        ("tokens", [], "is []; expected an object"),
+        ("outputs", [], "is []; expected an object"),
+        ("tokens.width", 0, f"is 0; {FROM_1}"),
+        ("tokens.depth", "3", f"is '3'; {FROM_1}"),
+        ("tokens.heads", -2, f"is -2; {FROM_1}"),
+        ("tokens.prefix", 0, f"is 0; {FROM_1}"),
+        ("tokens.test_time_registers", 2, "is 2; expected 1"),
+        ("outliers.detection_layer", 3, f"is 3; expected one {BLOCKS}"),
+        ("outliers.detection_layer", -1, "is -1; expected an integer from 0 on"),
+        ("outliers.threshold", 0, f"is 0; {POSITIVE}"),
+        ("outliers.threshold", -1.5, f"is -1.5; {POSITIVE}"),
+        ("outliers.threshold", math.inf, f"is inf; {POSITIVE}"),
+        ("outliers.threshold", math.nan, f"is nan; {POSITIVE}"),
+        ("outliers.threshold", True, f"is True; {POSITIVE}"),
+        ("outliers.threshold", None, f"is None; {POSITIVE}"),
+        ("redirect.layers", [1, 0], f"is [1, 0]; expected some {BLOCKS}, ascending"),
+        ("redirect.layers", [1, 1], f"is [1, 1]; expected some {BLOCKS}, ascending"),
+        ("redirect.layers", [3], f"is [3]; expected some {BLOCKS}, ascending"),
+        ("redirect.layers", 1, "is 1; expected a list of blocks"),
+    ],
+)
+def test_a_field_that_cannot_be_is_named(data: Any, place: str, value: Any, message: str) -> None:
+    assert reading(changed(data, place, value)) == (
+        f"bundle/manifest.json: a field is malformed ({place} {message}); export again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("outputs", {}, f'{LAST} is missing; expected ["batch", 17, 8]'),
+        ("tokens.grid", [4, 5], f'{LAST} is ["batch", 17, 8]; expected ["batch", 21, 8]'),
+        (
+            "outputs.last_hidden_state",
+            ["batch", 16, 8],
+            f'{LAST} is ["batch", 16, 8]; expected ["batch", 17, 8]',
+        ),
+        ("outputs.pooler_output", ["batch", 0], "outputs[\"pooler_output\"] is ['batch', 0]; "),
+        ("outputs.pooler_output", 8, 'outputs["pooler_output"] is 8; expected a list of '),
+        ("tokens.grid", [4, 0], "tokens.grid[1] is 0; expected an integer from 1 on"),
+        ("redirect.cls", "drop", "redirect option cls is 'drop'; expected one of zero, keep"),
+        ("outliers.threshold", 10**400, f"outliers.threshold is {10**400}; {POSITIVE}"),
+    ],
+)
+def test_fields_that_do_not_fit_are_named(data: Any, place: str, value: Any, message: str) -> None:
+    start = f"bundle/manifest.json: a field is malformed ({message}"
+    assert reading(changed(data, place, value)).startswith(start)
+
+
+def changed(data: Any, place: str, value: Any) -> Any:
+    *sections, field = place.split(".")
+    section = data
+    for name in sections:
+        section = section[name]
+    section[field] = value
+    return data
+
+
+def test_a_file_is_read_only_as_it_was_written(pristine_bundle: Path, tmp_path: Path) -> None:
+    manifest = Manifest.load(pristine_bundle / "manifest.json")
+    path = tmp_path / "manifest.json"
+    path.write_text(manifest.text())
+    assert Manifest.load(path) == manifest
+    path.write_text(manifest.text().replace("12.5", "12.25"))
+    with pytest.raises(BundleError) as caught:
+        Manifest.load(path)
+    assert str(caught.value) == f"{path}: was changed after export; export again"
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import regraft.pipeline
 from regraft.errors import ImageError, InputError
@@ -70,6 +72,59 @@ def test_every_kind_of_source(tmp_path: Path) -> None:
     sources = [path, str(path), path.read_bytes(), Image.fromarray(flat(9)), flat(9)]
     (batch,) = batches(sources, PREPROCESSING, 8)
     assert values(batch.pixels) == [9] * 5
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_one_lazy_picture_given_many_times(kind: str) -> None:
+    large = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(large).save(buffer, kind)
+    (single,) = batches([buffer.getvalue()], PREPROCESSING, 1)
+
+    def run(shared: Image.Image) -> np.ndarray:
+        return np.concatenate([b.pixels for b in batches([shared] * 6, PREPROCESSING, 4, 4)])
+
+    with ThreadPoolExecutor(2) as executor:
+        for pixels in executor.map(run, [Image.open(buffer)] * 2):
+            assert len(pixels) == 6
+            assert (pixels == single.pixels).all()
+
+
+def test_a_buffer_may_be_filled_anew() -> None:
+    def frames() -> Iterator[np.ndarray]:
+        frame = flat(0)
+        for i in range(50):
+            frame[:] = i
+            yield frame
+
+    got = batches(frames(), PREPROCESSING, 4, 3)
+    assert [v for batch in got for v in values(batch.pixels)] == list(range(50))
+
+
+def test_frames_of_an_animation_are_pictures_of_their_own() -> None:
+    first, *others = (Image.fromarray(flat(value)) for value in (0, 100, 200))
+    buffer = io.BytesIO()
+    first.save(buffer, "PNG", save_all=True, append_images=others)
+    (batch,) = batches(ImageSequence.Iterator(Image.open(buffer)), PREPROCESSING, 4, 2)
+    assert values(batch.pixels) == [0, 100, 200]
+
+
+def test_pictures_that_cannot_be_loaded_fail_in_their_turn() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(
+        buffer, "PNG"
+    )
+    cut = Image.open(io.BytesIO(buffer.getvalue()[:5000]))
+    huge, failures = Image.new("RGB", (50, 50)), list[Failure]()
+    items = [flat(0), cut, flat(2), huge]
+    (batch,) = batches(items, PREPROCESSING, 4, 2, on_error=failures.append, max_pixels=2000)
+    assert batch.indices == (0, 2)
+    assert [failure.index for failure in failures] == [1, 3]
+    stream = batches(items, PREPROCESSING, 1, 2)
+    assert next(stream).indices == (0,)
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        next(stream)
+    assert decoding_threads() == 0
 
 
 def test_failures_are_collected_and_leave_batches_full(tmp_path: Path) -> None:

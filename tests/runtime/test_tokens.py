@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +25,31 @@ layouts = st.builds(
 @given(layouts)
 def test_a_layout_survives_json(layout: TokenLayout) -> None:
     assert TokenLayout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("width", 0, "tokens.width is 0; expected an integer from 1 on"),
+        ("depth", True, "tokens.depth is True; expected an integer from 1 on"),
+        ("heads", 2.0, "tokens.heads is 2.0; expected an integer from 1 on"),
+        ("grid", [4], "tokens.grid is [4]; expected two positive integers"),
+        ("grid", "44", "tokens.grid is '44'; expected two positive integers"),
+        ("grid", [4, -4], "tokens.grid[1] is -4; expected an integer from 1 on"),
+        ("prefix", 0, "tokens.prefix is 0; expected an integer from 1 on"),
+        ("class_token", 1, "tokens.class_token is 1; expected true or false"),
+        ("test_time_registers", -1, "tokens.test_time_registers is -1; expected an integer from 0"),
+    ],
+)
+def test_a_malformed_field_is_named(field: str, value: object, message: str) -> None:
+    data = TokenLayout(True, 1, (4, 4), 8, 3, 2).to_json()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TokenLayout.from_json(data | {field: value})
+
+
+def test_without_a_class_token_there_may_be_no_prefix() -> None:
+    layout = TokenLayout(False, 0, (4, 4), 8, 3, 2)
+    assert TokenLayout.from_json(layout.to_json()) == layout
 
 
 @given(layouts)

@@ -129,7 +129,7 @@ def export_bundle(
         (folder / VERIFY).write_text(_json(verification.to_json()), encoding="utf-8")
         files = {**manifest.files, VERIFY: record(folder / VERIFY)}
         manifest = replace(manifest, files=files)
-        (folder / NAME).write_text(_json(manifest.to_json()), encoding="utf-8")
+        (folder / NAME).write_text(manifest.text(), encoding="utf-8")
     return Exported(manifest, verification, added)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from regraft.errors import NeuronsError
 from regraft.neurons import Neurons
 from regraft_export.finding.fingerprint import matches
@@ -13,6 +15,9 @@ def check_identity(
     neurons: Neurons, loaded: LoadedModel, vit: VisionTransformer, force: bool
 ) -> list[str]:
     """Refuses neurons of another model or image size.
+
+    The model is known by the hash of its weights. Where the file has none, or the image size
+    differs, the fingerprints of the down-projections that hold the neurons decide.
 
     Args:
         neurons: what is to be redirected.
@@ -29,13 +34,18 @@ def check_identity(
     hidden = {i: block.down.in_features for i, block in enumerate(vit.blocks)}
     neurons.check_against(vit.layout.depth, hidden)
     about = neurons.about
-    if "weights_sha256" not in about:
+    hashed = "weights_sha256" in about
+    if not hashed and not about.get("fingerprints"):
         return [
             "the neurons file says nothing of its model (made by hand?), so it cannot be checked "
             "that the neurons belong to these weights"
         ]
     objections = []
-    same = about["weights_sha256"] == loaded.weights_sha256
+    same = (
+        about["weights_sha256"] == loaded.weights_sha256
+        if hashed
+        else _fingerprints_match(neurons, vit)
+    )
     size = list(loaded.preprocessing.image_size)
     if about.get("image_size", size) != size:
         # The position embedding is resampled at load, so the weights' hash differs by itself; the
@@ -45,11 +55,16 @@ def check_identity(
             "neuron sets depend on the resolution"
         )
         same = same or _fingerprints_match(neurons, vit)
-    if not same:
+    found_in = f"the neurons were found in {about.get('model', 'another model')}"
+    if not same and hashed:
         objections.append(
-            f"the neurons were found in {about.get('model', 'another model')} with weights "
-            f"{str(about['weights_sha256'])[:12]}..., this model is {loaded.source} with weights "
-            f"{loaded.weights_sha256[:12]}..."
+            f"{found_in} with weights {str(about['weights_sha256'])[:12]}..., this model is "
+            f"{loaded.source} with weights {loaded.weights_sha256[:12]}..."
+        )
+    elif not same:
+        objections.append(
+            f"{found_in}; its fingerprints do not match the down-projections of {loaded.source} "
+            f"in all of the layers {', '.join(map(str, neurons.layers))}"
         )
     if objections and not force:
         raise NeuronsError(
@@ -59,9 +74,13 @@ def check_identity(
 
 
 def _fingerprints_match(neurons: Neurons, vit: VisionTransformer) -> bool:
-    expected = neurons.about.get("fingerprints", {})
-    return all(
-        str(layer) in expected
-        and matches(expected[str(layer)], vit.blocks[layer].down.weight.detach().float().numpy())
-        for layer in neurons.layers
-    )
+    expected = neurons.about.get("fingerprints")
+    if not isinstance(expected, Mapping):
+        return False
+    try:
+        return all(
+            matches(expected[str(layer)], vit.blocks[layer].down.weight.detach().float().numpy())
+            for layer in neurons.layers
+        )
+    except (KeyError, TypeError, ValueError):  # a layer is left out, or malformed
+        return False

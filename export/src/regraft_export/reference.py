@@ -15,7 +15,7 @@ from regraft.bundle import Bundle
 from regraft.errors import InputError
 from regraft.neurons import Neurons
 from regraft.redirect import RedirectOptions
-from regraft_export.sources import PreprocessingOverrides, load
+from regraft_export.sources import load
 from regraft_export.vit.hooks import redirected
 from regraft_export.vit.observe import Observation, observe
 from regraft_export.vit.structure import VisionTransformer, from_module
@@ -86,7 +86,8 @@ def open_reference(bundle: Bundle, model: str, weights: Path | None) -> Iterator
         ModelError: MODEL cannot be loaded.
         InputError: it is another model than the bundle's.
     """
-    loaded = load(model, weights=weights, overrides=_as_in(bundle))
+    # The bundle's own preprocessing is what runs; the model need not bring any.
+    loaded = load(model, weights=weights, preprocessing=bundle.manifest.preprocessing)
     made_from = bundle.manifest.model
     if loaded.weights_sha256 != made_from["weights_sha256"]:
         raise InputError(
@@ -96,11 +97,3 @@ def open_reference(bundle: Bundle, model: str, weights: Path | None) -> Iterator
         )
     vit = from_module(loaded.module, bundle.manifest.image_size)
     yield PyTorchReference(vit, bundle.neurons(), bundle.manifest.redirect)
-
-
-def _as_in(bundle: Bundle) -> PreprocessingOverrides:
-    # The bundle's own preprocessing is what runs; the model only needs the same image size.
-    preprocessing = bundle.manifest.preprocessing
-    return PreprocessingOverrides(
-        image_size=preprocessing.image_size, mean=preprocessing.mean, std=preprocessing.std
-    )

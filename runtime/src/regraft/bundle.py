@@ -16,6 +16,7 @@ from regraft.neurons import Neurons
 
 NEURONS = "neurons.json"
 VERIFY = "verify.json"
+WEIGHTS = "weights.data"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | Path, verify_hashes: bool = True) -> Bundle:
-        """Opens a bundle and checks it: schema first, then size and sha256 of every file.
+        """Opens a bundle and checks it: schema first, then the manifest's own
+        sha256 and what it lists, then size and sha256 of every file.
 
         Args:
             path: the folder that ``regraft export`` wrote.
@@ -40,15 +42,16 @@ class Bundle:
                 that was checked a moment ago.
 
         Raises:
-            BundleError: it is not a bundle, its schema is newer, or a file is missing, changed or
-                of another length; the message names every such file.
+            BundleError: it is not a bundle, its schema is newer, its manifest was changed or lists
+                not all it must, or a file is missing, changed or of another length; the message
+                names every such file.
         """
         path = Path(path)
         _expect_bundle(path)
         manifest = Manifest.load(path / manifest_module.NAME)
         if "model" not in manifest.graphs:
             raise BundleError(f"{path}: its manifest names no graph 'model'; export again")
-        unlisted = sorted(set(manifest.graphs.values()) - set(manifest.files))
+        unlisted = sorted(_required(path, manifest) - set(manifest.files))
         if unlisted:
             raise BundleError(
                 f"{path}: its manifest has no sha256 for {', '.join(unlisted)}; export again"
@@ -121,6 +124,12 @@ def _expect_bundle(path: Path) -> None:
             raise BundleError(f"{path}: is not a bundle; {expected}")
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror}); {expected}") from None
+
+
+def _required(path: Path, manifest: Manifest) -> set[str]:
+    # Graphs without external weights have no weights file; one that is there may be read by them.
+    weights = {WEIGHTS} if (path / WEIGHTS).exists() else set()
+    return {*manifest.graphs.values(), NEURONS, VERIFY, *weights}
 
 
 def _faults(path: Path, manifest: Manifest, verify_hashes: bool) -> Iterator[str]:

@@ -66,9 +66,9 @@ class Effect:
     cosine_smallest: float
 
     @property
-    def removed(self) -> float:
-        """Share of outlier tokens that are gone; 1 where there were none."""
-        return 1 - self.after.outliers / self.before.outliers if self.before.outliers else 1.0
+    def removed(self) -> float | None:
+        """Share of outlier tokens that are gone; None where there were none to remove."""
+        return 1 - self.after.outliers / self.before.outliers if self.before.outliers else None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; null for figures that are not finite."""

@@ -132,7 +132,8 @@ class Extractor:
 
         Raises:
             ImageError: an image cannot be read; the message names it.
-            InputError: there are no images, or an array has another dtype or shape.
+            InputError: there are no images, or an array has another dtype or shape, or
+                preprocessed images hold NaN or Inf.
             EngineError: the engine failed, or the features hold NaN or Inf.
         """
         if isinstance(images, np.ndarray) and images.dtype != np.uint8:
@@ -155,7 +156,7 @@ class Extractor:
 
         Args:
             images: paths, bytes of files, PIL images or uint8 arrays of shape (H, W, 3); consumed
-                as needed, so it may be endless.
+                as needed, so it may be endless. An array may be filled anew for the next image.
             on_error: called for each image that cannot be read, which is then left out (the
                 batch's ``indices`` say which are there). Without it the first one raises.
 
@@ -181,10 +182,10 @@ class Extractor:
             pixels: float32 (B, 3, H, W).
 
         Raises:
-            InputError: the array has another dtype or shape.
+            InputError: the array has another dtype or shape, or holds NaN or Inf.
             EngineError: the engine failed, or the features hold NaN or Inf.
         """
-        return self._run(pixels, range(len(pixels)), {})
+        return self._run_pixels(pixels, range(_count(pixels)))
 
     def close(self) -> None:
         """Frees the engine; further calls raise an EngineError."""
@@ -212,9 +213,16 @@ class Extractor:
             batches.close()  # type: ignore[attr-defined] # a generator, which stops its threads
 
     def _stream_pixels(self, pixels: NDArray[np.float32]) -> Iterator[Features]:
-        for start in range(0, len(pixels), self.batch_size):
+        for start in range(0, _count(pixels), self.batch_size):
             part = pixels[start : start + self.batch_size]
-            yield self._run(part, range(start, start + len(part)), {})
+            yield self._run_pixels(part, range(start, start + len(part)))
+
+    def _run_pixels(self, pixels: NDArray[np.float32], indices: Sequence[int]) -> Features:
+        # Other types are the engine's to refuse.
+        if pixels.dtype == np.float32 and (bad := _not_finite(pixels)):
+            which = ", ".join(_numbered(indices[i]) for i in bad)
+            raise InputError(f"pixel_values: NaN or Inf in {which}; expected finite numbers")
+        return self._run(pixels, indices, {})
 
     def _run(
         self, pixels: NDArray[np.float32], indices: Sequence[int], names: Mapping[int, str]
@@ -222,7 +230,7 @@ class Extractor:
         outputs = self._engine.run(pixels, self._names)
         for name, array in outputs.items():
             if bad := _not_finite(array):
-                which = [names.get(indices[i], f"image {indices[i]}, counted from 0") for i in bad]
+                which = [names.get(indices[i], _numbered(indices[i])) for i in bad]
                 raise EngineError(
                     f"{self.engine}: {name} holds NaN or Inf for {', '.join(which)}; in fp16 that "
                     "is an overflow (export with --precision fp32), else the weights are broken"
@@ -247,6 +255,17 @@ def _remember_names(images: Iterable[ImageSource], names: dict[int, str]) -> Ite
     for index, image in enumerate(images):
         names[index] = name_of(image)
         yield image
+
+
+def _count(pixels: Any) -> int:
+    if isinstance(pixels, np.ndarray) and pixels.ndim:
+        return len(pixels)
+    got = "a scalar" if isinstance(pixels, np.ndarray) else type(pixels).__name__
+    raise InputError(f"pixel_values: got {got}; expected float32 of shape (B, 3, H, W)")
+
+
+def _numbered(index: int) -> str:
+    return f"image {index}, counted from 0"
 
 
 def _not_finite(array: Floats) -> list[int]:

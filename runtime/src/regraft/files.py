@@ -17,7 +17,7 @@ from pathlib import Path
 
 from regraft.errors import InputError, OutputExistsError
 
-# What the place of an output can answer; any other OSError is not about the output.
+# What the place of an output can answer while it is filled; any other OSError is not about it.
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another place",
     errno.EDQUOT: "the quota is used up; free some space or choose another place",
@@ -30,29 +30,31 @@ _REMEDIES = {
 }
 
 
-def check_output(path: str | Path, force: bool = False) -> Path:
+def check_output(path: str | Path, force: bool = False, *, marker: str | None = None) -> Path:
     """Checks that an output may be written, before the work that fills it.
 
     Args:
         path: the file or folder that is to appear.
         force: whether an existing one may be replaced.
+        marker: None if the output is a file; for a folder, a file that every such folder holds, as
+            :func:`whole_folder` takes it.
 
     Returns:
         The path with symbolic links resolved, so that a link's target is replaced, not the link.
 
     Raises:
         OutputExistsError: it is there already, and not ``force``.
-        InputError: the folder around it is missing or cannot be written to.
+        InputError: it is there and of another kind, or the folder around it is missing or cannot
+            be written to.
     """
     target = Path(os.path.realpath(path))
     hidden = _hidden(target)
-    with _named(path, hidden, target):
-        if target.exists() and not force:
-            raise OutputExistsError(f"{path}: exists already; give --force to replace it")
-        if target.exists() and not (target.is_file() or target.is_dir()):
-            raise InputError(
-                f"{path}: is a device or a pipe; expected the name of a file or folder"
-            )
+    try:
+        if target.exists():
+            # Before --force is advised: it would not help.
+            _expect_kind(path, target, marker)
+            if not force:
+                raise OutputExistsError(f"{path}: exists already; give --force to replace it")
         if not target.parent.is_dir():
             raise InputError(
                 f"{path}: the folder {Path(path).parent} does not exist; create it first"
@@ -60,6 +62,8 @@ def check_output(path: str | Path, force: bool = False) -> Path:
         # Only an attempt tells: root may write anywhere but on a read-only disk, quotas, ACLs.
         hidden.touch(exist_ok=False)
         hidden.unlink()
+    except OSError as error:
+        raise _refusal(path, error) from error
     return target
 
 
@@ -76,8 +80,6 @@ def whole_file(path: str | Path, force: bool = False) -> Iterator[Path]:
         InputError: it cannot be written, for example on a full disk.
     """
     target = check_output(path, force)
-    if target.is_dir():
-        raise InputError(f"{path}: is a folder; expected the name of a file")
     hidden = _hidden(target)
     try:
         with _named(path, hidden, target):
@@ -104,14 +106,7 @@ def whole_folder(path: str | Path, marker: str, force: bool = False) -> Iterator
         OutputExistsError: it is there already, and not ``force``.
         InputError: it cannot be written, for example on a full disk.
     """
-    target = check_output(path, force)
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{path}: is a file; expected the name of a folder")
-    if target.exists() and not (target / marker).is_file() and any(target.iterdir()):
-        raise InputError(
-            f"{path}: is a folder without {marker}, so --force does not replace it; "
-            "choose another name or remove it yourself"
-        )
+    target = check_output(path, force, marker=marker)
     hidden = _hidden(target)
     try:
         with _named(path, hidden, target):
@@ -119,7 +114,7 @@ def whole_folder(path: str | Path, marker: str, force: bool = False) -> Iterator
             yield hidden
             for file in hidden.rglob("*"):
                 _sync(file)
-            check_output(path, force)
+            check_output(path, force, marker=marker)
             _swap(hidden, target)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -134,6 +129,21 @@ def scratch_folder(beside: Path) -> Iterator[Path]:
         yield hidden
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _expect_kind(path: str | Path, target: Path, marker: str | None) -> None:
+    if not (target.is_file() or target.is_dir()):
+        raise InputError(f"{path}: is a device or a pipe; expected the name of a file or folder")
+    if marker is None:
+        if target.is_dir():
+            raise InputError(f"{path}: is a folder; expected the name of a file")
+    elif not target.is_dir():
+        raise InputError(f"{path}: is a file; expected the name of a folder")
+    elif not (target / marker).is_file() and any(target.iterdir()):
+        raise InputError(
+            f"{path}: is a folder without {marker}, so --force does not replace it; "
+            "choose another name or remove it yourself"
+        )
 
 
 def _hidden(target: Path) -> Path:
@@ -175,11 +185,15 @@ def _named(path: str | Path, hidden: Path, target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0)
-        if remedy is None or not _concerns(error, hidden, target):
+        if error.errno not in _REMEDIES or not _concerns(error, hidden, target):
             raise
-        reason = os.strerror(error.errno or 0)
-        raise InputError(f"{path}: cannot be written ({reason}); {remedy}") from error
+        raise _refusal(path, error) from error
+
+
+def _refusal(path: str | Path, error: OSError) -> InputError:
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    remedy = _REMEDIES.get(error.errno or 0, "choose another place")
+    return InputError(f"{path}: cannot be written ({reason}); {remedy}")
 
 
 def _concerns(error: OSError, hidden: Path, target: Path) -> bool:

@@ -4,13 +4,16 @@ What is done to unusual pictures follows ``Image.open(path).convert("RGB")``, wh
 know, so that features equal theirs: alpha is dropped, palettes are resolved, CMYK is converted
 without colour profiles, of an animation the first frame counts. Two things differ because the plain
 conversion is broken there: the EXIF orientation is applied, and 16-bit greyscale is scaled to
-8 bit (Pillow clips it to white).
+8 bit (Pillow clips it to white). Greyscale of 32 bit, whole numbers or not, and signed greyscale
+are refused: nothing says which number is white.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -41,6 +44,14 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = frozenset(_TURNS[key] for key in (5, 6, 7, 8))
+# Mode I holds 32-bit numbers; Pillow gives it to the 16-bit files of these formats. 16-bit TIFFs
+# have modes of their own, so that I means 32 bit or signed there. A picture without a format was
+# made in memory, and its numbers may mean anything.
+_SIXTEEN_BIT_AS_I = frozenset({"PNG", "PPM"})
+# Pillow's pictures load lazily, and neither that nor the reading of EXIF blocks is thread-safe.
+# One lock for all of them: two pictures may share a file.
+_LAZY = threading.Lock()
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def decode(
@@ -50,6 +61,8 @@ def decode(
     draft_for: Preprocessing | None = None,
 ) -> Image.Image:
     """Decodes one picture.
+
+    Threads may share a Pillow image, as long as nothing but this function works on it.
 
     Args:
         source: a path, the bytes of a file, a Pillow image, or a uint8 array (H, W, 3).
@@ -71,8 +84,11 @@ def decode(
         if isinstance(source, np.ndarray):
             return _from_array(source)
         if isinstance(source, Image.Image):
-            _refuse_huge(source, name, max_pixels)
-            return _upright(_to_rgb(source, name), _orientation(source))
+            with _LAZY:
+                _refuse_huge(source, name, max_pixels)
+                source.load()
+                turn = _orientation(source)
+            return _upright(_to_rgb(source, name), turn)
         with Image.open(_file(source, name)) as image:
             _refuse_huge(image, name, max_pixels)
             if draft_for is not None and image.format in ("JPEG", "MPO"):
@@ -93,13 +109,36 @@ def decode(
         raise ImageError(f"{name}: cannot be decoded ({text})") from error
 
 
+def private(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> ImageSource:
+    """What :func:`decode` may be given in another thread, whatever happens to the source meanwhile.
+
+    Pillow images are decoded here, arrays and buffers copied; paths and bytes are returned as they
+    are.
+
+    Args:
+        source: what :func:`decode` takes.
+        max_pixels: larger Pillow images are refused.
+
+    Raises:
+        ImageError: a Pillow image cannot be decoded.
+    """
+    if isinstance(source, Image.Image):
+        decoded = decode(source, max_pixels=max_pixels)
+        own = decoded.copy() if decoded is source else decoded
+        own.info.clear()  # above all the EXIF orientation, which is applied already
+        return own
+    if isinstance(source, np.ndarray):
+        return source.copy()
+    return bytes(source) if isinstance(source, bytearray | memoryview) else source
+
+
 def name_of(source: object) -> str:
-    """How messages name a picture: its path where it has one."""
+    """How messages name a picture: its path where it has one, control characters escaped."""
     if isinstance(source, str | os.PathLike):
-        return os.fspath(source)
+        return _escaped(os.fspath(source))
     filename = getattr(source, "filename", None)
     if isinstance(filename, str) and filename:
-        return filename
+        return _escaped(filename)
     return f"a picture given as {type(source).__name__}"
 
 
@@ -131,7 +170,7 @@ def list_images(
         elif source.exists():
             found.append(source)
         else:
-            raise InputError(f"{source}: no such file or folder; expected images")
+            raise InputError(f"{name_of(source)}: no such file or folder; expected images")
     if not found:
         raise InputError("no images named; expected files or folders of images")
     return found
@@ -141,7 +180,8 @@ def _search(folder: Path, suffixes: frozenset[str]) -> list[Path]:
     found: list[Path] = []
 
     def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        name = name_of(error.filename)
+        raise InputError(f"{name}: cannot be read ({error.strerror})") from error
 
     for base, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -152,10 +192,14 @@ def _search(folder: Path, suffixes: frozenset[str]) -> list[Path]:
         ]
     if not found:
         raise InputError(
-            f"{folder}: the folder holds no images; expected files with one of the suffixes "
-            f"{' '.join(sorted(suffixes))}"
+            f"{name_of(folder)}: the folder holds no images; expected files with one of the "
+            f"suffixes {' '.join(sorted(suffixes))}"
         )
     return sorted(found)
+
+
+def _escaped(name: str) -> str:
+    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], name)
 
 
 def _file(source: object, name: str) -> Any:
@@ -219,12 +263,12 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         return image
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image.convert("RGB")
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
+    if image.mode == "F" or (image.mode == "I" and image.format not in _SIXTEEN_BIT_AS_I):
         raise ImageError(
-            f"{name}: its pixels are 32-bit numbers without a defined white; expected 8 or 16 bit "
-            "per channel"
+            f"{name}: its pixels are 32-bit or signed numbers without a defined white; expected 8 "
+            "or 16 bit per channel"
         )
+    values = np.asarray(image)
     # 0 stays 0, 65535 becomes 255, rounded to nearest.
     grey = ((values.astype(np.uint32) * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")

@@ -1,26 +1,34 @@
 """``manifest.json``: everything a bundle says of itself.
 
 One dataclass per section; ``Manifest.from_json`` is the only reader. A schema newer than
-:data:`SCHEMA` is refused, an older one is read.
+:data:`SCHEMA` is refused, an older one is read. The file carries a sha256 of its own content, so
+that a changed one is noticed like any other file of the bundle.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from regraft.errors import BundleError
+from regraft.errors import BundleError, InputError
 from regraft.preprocessing import Preprocessing
 from regraft.redirect import RedirectOptions
-from regraft.tokens import TokenLayout
+from regraft.tokens import TokenLayout, integer
 
 SCHEMA = 1
 NAME = "manifest.json"
 GRAPHS = ("model", "baseline", "probe", "probe_baseline")
 INPUT = "pixel_values"
+SECTIONS = (
+    *("model", "preprocessing", "tokens", "redirect", "outliers", "outputs", "sites"),
+    *("graphs", "files", "versions"),
+)
+PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -93,8 +101,8 @@ class Manifest:
         return self.preprocessing.image_size
 
     def to_json(self) -> dict[str, Any]:
-        """The file's content as plain JSON values."""
-        return {
+        """The file's content as plain JSON values, its sha256 included."""
+        content = {
             "schema": SCHEMA,
             "model": dict(self.model),
             "input": {"name": INPUT, "shape": ["batch", 3, *self.image_size], "dtype": "float32"},
@@ -111,27 +119,27 @@ class Manifest:
             "versions": dict(self.versions),
             "verified": self.verified,
         }
+        return {**content, "sha256": digest(content)}
+
+    def text(self) -> str:
+        """The file as it is written."""
+        return json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, data: Any, origin: str = NAME) -> Manifest:
-        """Reads what :meth:`to_json` wrote.
+        """Reads what :meth:`to_json` wrote; :meth:`load` alone looks at its sha256.
 
         Raises:
-            BundleError: not a manifest, a newer schema, a missing field, or a file name that
-                leaves the bundle.
+            BundleError: not a manifest, a newer schema, a missing or malformed field, or a file
+                name that leaves the bundle.
         """
-        if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
-            raise BundleError(f'{origin}: is not a manifest; expected a JSON object with "schema"')
-        if data["schema"] > SCHEMA:
-            raise BundleError(
-                f"{origin}: schema {data['schema']} is newer than {SCHEMA}, the newest this "
-                "version reads; upgrade regraft-runtime"
-            )
+        _expect_schema(data, origin)
         try:
             manifest = cls._read(data)
+            manifest._check()
         except KeyError as error:
             raise BundleError(f"{origin}: the field {error} is missing; export again") from None
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError, InputError) as error:
             raise BundleError(f"{origin}: a field is malformed ({error}); export again") from None
         for name in (*manifest.files, *manifest.graphs.values()):
             _refuse_escape(name, origin)
@@ -139,39 +147,74 @@ class Manifest:
 
     @classmethod
     def _read(cls, data: Mapping[str, Any]) -> Manifest:
+        for name in SECTIONS:
+            if not isinstance(data[name], Mapping):
+                raise ValueError(f"{name} is {data[name]!r}; expected an object")
         sites = data["sites"]
         return cls(
             model={str(k): str(v) for k, v in data["model"].items()},
             preprocessing=Preprocessing.from_json(data["preprocessing"]),
             tokens=TokenLayout.from_json(data["tokens"]),
             redirect=RedirectOptions.from_json(data["redirect"]),
-            layers=tuple(int(layer) for layer in data["redirect"]["layers"]),
-            detection_layer=int(data["outliers"]["detection_layer"]),
-            threshold=float(data["outliers"]["threshold"]),
-            outputs={name: tuple(shape) for name, shape in data["outputs"].items()},
+            layers=_layers(data["redirect"]["layers"]),
+            detection_layer=integer(
+                "outliers.detection_layer", data["outliers"]["detection_layer"]
+            ),
+            threshold=_threshold(data["outliers"]["threshold"]),
+            outputs={name: _shape(name, shape) for name, shape in data["outputs"].items()},
             precision=str(data["precision"]),
-            opset=int(data["opset"]),
+            opset=integer("opset", data["opset"], 1),
             sites=Sites(
-                token=int(sites["token"]),
-                redirect=int(sites["redirect"]),
-                output=int(sites["output"]),
-                mended=tuple(sites["mended"]),
+                token=integer("sites.token", sites["token"]),
+                redirect=integer("sites.redirect", sites["redirect"]),
+                output=integer("sites.output", sites["output"]),
+                mended=tuple(str(line) for line in sites["mended"]),
             ),
             graphs={str(k): str(v) for k, v in data["graphs"].items()},
             files={
-                str(name): FileRecord(sha256=str(r["sha256"]), bytes=int(r["bytes"]))
+                str(name): FileRecord(
+                    str(r["sha256"]), integer(f"files[{name!r}].bytes", r["bytes"])
+                )
                 for name, r in data["files"].items()
             },
             versions={str(k): str(v) for k, v in data["versions"].items()},
-            verified=bool(data["verified"]),
+            verified=_truth("verified", data["verified"]),
         )
+
+    def _check(self) -> None:
+        """Raises ValueError, naming the field, unless the fields fit each other."""
+        tokens = self.tokens
+        for name, got, expected in (
+            ("tokens.test_time_registers", tokens.test_time_registers, self.redirect.registers),
+            (
+                'outputs["last_hidden_state"]',
+                self.outputs.get("last_hidden_state"),
+                ("batch", tokens.count, tokens.width),
+            ),
+        ):
+            if got != expected:
+                raise ValueError(f"{name} is {_json(got)}; expected {_json(expected)}")
+        if self.precision not in PRECISIONS:
+            allowed = ", ".join(PRECISIONS)
+            raise ValueError(f"precision is {self.precision!r}; expected one of {allowed}")
+        blocks = f"of the {tokens.depth} blocks, 0 to {tokens.depth - 1}"
+        if self.detection_layer >= tokens.depth:
+            raise ValueError(
+                f"outliers.detection_layer is {self.detection_layer}; expected one {blocks}"
+            )
+        ascending = list(self.layers) == sorted(set(self.layers))
+        if not ascending or any(i >= tokens.depth for i in self.layers):
+            raise ValueError(
+                f"redirect.layers is {_json(self.layers)}; expected some {blocks}, ascending"
+            )
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
         """Reads a manifest file.
 
         Raises:
-            BundleError: it is missing, not JSON, or not a manifest this version reads.
+            BundleError: it is missing, not JSON, not a manifest this version reads, or not as
+                :meth:`text` gave it.
         """
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -180,9 +223,74 @@ class Manifest:
                 f"{path}: cannot be read ({error.strerror}); expected the folder that "
                 "`regraft export` wrote"
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{path}: is not JSON ({error}); export again") from None
+        _expect_schema(data, str(path))  # first: a newer schema may seal its content otherwise
+        if "sha256" not in data:
+            raise BundleError(f"{path}: the field 'sha256' is missing; export again")
+        if data["sha256"] != digest(data):
+            raise BundleError(f"{path}: was changed after export; export again")
         return cls.from_json(data, str(path))
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """The sha256 (hex) that a manifest of this content carries.
+
+    Args:
+        content: as :meth:`Manifest.to_json` gives it; its field ``sha256`` does not count.
+    """
+    bare = {name: value for name, value in content.items() if name != "sha256"}
+    canonical = json.dumps(bare, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _expect_schema(data: Any, origin: str) -> None:
+    if not isinstance(data, dict) or "schema" not in data:
+        raise BundleError(f'{origin}: is not a manifest; expected a JSON object with "schema"')
+    schema = data["schema"]
+    if isinstance(schema, bool) or not isinstance(schema, int) or schema < 1:
+        raise BundleError(f"{origin}: schema is {schema!r}; expected an integer from 1 on")
+    if schema > SCHEMA:
+        raise BundleError(
+            f"{origin}: schema {schema} is newer than {SCHEMA}, the newest this "
+            "version reads; upgrade regraft-runtime"
+        )
+
+
+def _layers(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"redirect.layers is {value!r}; expected a list of blocks")
+    return tuple(integer("redirect.layers", layer) for layer in value)
+
+
+def _threshold(value: object) -> float:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 < value <= sys.float_info.max
+    ):
+        raise ValueError(f"outliers.threshold is {value!r}; expected a finite number above 0")
+    return float(value)
+
+
+def _shape(name: str, value: object) -> tuple[int | str, ...]:
+    if isinstance(value, list | tuple) and all(
+        size == "batch" or (type(size) is int and size > 0) for size in value
+    ):
+        return tuple(value)
+    raise ValueError(
+        f'outputs["{name}"] is {value!r}; expected a list of positive integers and "batch"'
+    )
+
+
+def _truth(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; expected true or false")
+    return value
+
+
+def _json(value: object) -> str:
+    return "missing" if value is None else json.dumps(value)
 
 
 def _refuse_escape(name: str, origin: str) -> None:

@@ -1,8 +1,10 @@
 """Decoding and preprocessing in worker threads, ahead of whatever consumes the batches.
 
 Pillow releases the GIL while it decodes and resizes, so that threads are enough. Order is the
-order of the input. Memory is bounded: besides the batch that is being consumed, pictures for two
-batches at most exist, done or in work, however many there are in all.
+order of the input. Pictures given in memory are copied, and Pillow images decoded, in the
+consumer's thread, so that the caller may share and reuse them. Memory is bounded: besides the batch
+that is being consumed, pictures for two batches at most exist, done or in work, however many there
+are in all.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regraft.errors import ImageError, InputError
-from regraft.images import MAX_PIXELS, ImageSource, decode, name_of
+from regraft.images import MAX_PIXELS, ImageSource, decode, name_of, private
 from regraft.preprocessing import Preprocessing
 
 
@@ -27,7 +29,7 @@ class Failure:
 
     Attributes:
         index: position of the picture in the input, from 0.
-        path: its path, or what it was given as.
+        path: its path as messages name it, or what it was given as.
         message: the error's message, one line.
     """
 
@@ -74,7 +76,8 @@ def batches(
 
     Args:
         items: what :func:`regraft.images.decode` takes; may be endless. Read in the
-            consumer's thread, at most two batches ahead.
+            consumer's thread, at most two batches ahead. A picture or a buffer may occur again,
+            and may be changed once the next item is asked for.
         preprocessing: from picture to pixels.
         batch_size: pictures in a batch.
         workers: threads; by default one per core that this process may use.
@@ -96,15 +99,20 @@ def batches(
         if value < 1:
             raise InputError(f"{name} is {value}; expected at least 1")
 
+    def claim(item: ImageSource) -> ImageSource:
+        return private(item, max_pixels=max_pixels)
+
     def prepare(item: ImageSource) -> NDArray[np.float32]:
         image = decode(item, max_pixels=max_pixels, draft_for=preprocessing if draft else None)
         return preprocessing(image)
 
-    return _run(iter(items), prepare, preprocessing.image_size, batch_size, workers, on_error)
+    size = preprocessing.image_size
+    return _run(iter(items), claim, prepare, size, batch_size, workers, on_error)
 
 
 def _run(
     items: Iterator[ImageSource],
+    claim: Callable[[ImageSource], ImageSource],
     prepare: Callable[[ImageSource], NDArray[np.float32]],
     image_size: tuple[int, int],
     batch_size: int,
@@ -115,9 +123,17 @@ def _run(
     pending: deque[tuple[int, str, Future[NDArray[np.float32]]]] = deque()
     executor = ThreadPoolExecutor(workers, thread_name_prefix="regraft-decode")
 
+    def submit(item: ImageSource) -> Future[NDArray[np.float32]]:
+        try:
+            return executor.submit(prepare, claim(item))
+        except ImageError as error:
+            failed = Future[NDArray[np.float32]]()
+            failed.set_exception(error)  # raised in its turn
+            return failed
+
     def refill(room: int) -> None:
         while len(pending) < room and (entry := next(numbered, None)) is not None:
-            pending.append((entry[0], name_of(entry[1]), executor.submit(prepare, entry[1])))
+            pending.append((entry[0], name_of(entry[1]), submit(entry[1])))
 
     try:
         pixels, indices = _empty(batch_size, image_size), list[int]()

@@ -95,7 +95,8 @@ def test_without_probes_the_effect_is_not_measured(export: Regraft) -> None:
     code, out, _ = export("--no-baseline")
     assert code == 0
     assert out.splitlines()[-1] == (
-        "effect: not measured, the bundle has no probes (exported with --no-baseline)"
+        "effect: not measured: the bundle has no probes (exported with --no-baseline), or they are "
+        "bf16, which ort-cpu cannot run"
     )
 
 
@@ -103,8 +104,8 @@ def test_bfloat16_says_that_it_was_not_verified_itself(export: Regraft, tmp_path
     code, out, _ = export("--precision", "bf16")
     assert code == 0
     assert out.splitlines()[-1] == (
-        "bf16 cannot run on this processor's engine: the same rewrite was verified in fp32; "
-        "`regraft build` verifies bf16 where an engine runs it"
+        "no engine of this version runs bf16: the same rewrite was verified in fp32; the bf16 "
+        "graph itself is unverified"
     )
     assert not Bundle.open(tmp_path / "bundle").manifest.verified
 
@@ -301,6 +302,26 @@ def test_an_unreadable_picture_among_good_ones_is_named_once_and_left_out(
         f"regraft: {folder}/empty.jpg: is empty (0 bytes)",
         f"regraft: {folder}/picture-001.png: is not an image file that Pillow reads",
     ]
+
+
+@pytest.mark.parametrize("level_recorded", [True, False])
+def test_strict_writes_nothing_if_a_picture_is_unreadable(
+    export: Regraft, neurons: Path, tmp_path: Path, level_recorded: bool
+) -> None:
+    folder = pictures.write(tmp_path / "pictures", 3)
+    assert export("--strict", "--no-baseline", images=folder)[0] == 0
+    before = (tmp_path / "bundle" / "manifest.json").read_bytes()
+    (folder / "picture-001.png").write_text("no picture")
+    if not level_recorded:
+        bundles.write_neurons(neurons, bundles.neurons())
+    code, out, err = export("--strict", "--force", "--cls", "keep", images=folder)
+    assert (code, out) == (1, "")
+    assert [line for line in err.splitlines() if "warning" not in line] == [
+        f"regraft: {folder}/picture-001.png: is not an image file that Pillow reads",
+        "regraft: 1 of 3 images could not be read (named above); nothing was written; without "
+        "--strict they are left out",
+    ]
+    assert (tmp_path / "bundle" / "manifest.json").read_bytes() == before
 
 
 def test_nothing_but_unreadable_pictures_is_an_error(export: Regraft, tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ def find(
         model: str = "vit",
     ) -> tuple[int, str, str]:
         argv = ["find", f"python:{place / 'model.py'}:{model}"]
-        argv += ["--images", str(images or place / "images"), "--out", str(tmp_path / "n.json")]
+        folders = images if isinstance(images, list) else [images or place / "images"]
+        argv += ["--images", *map(str, folders), "--out", str(tmp_path / "n.json")]
         argv += [] if weights is None else ["--weights", str(place / weights)]
         code = main([*argv, *map(str, words)])
         captured = capsys.readouterr()
@@ -162,6 +163,20 @@ def test_failed_gate_writes_nothing(
     assert code == 1
     assert "expected at least 1.1; nothing was written" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_of_several_folders(
+    find: Callable[..., tuple[int, str, str]], place: Path, tmp_path: Path
+) -> None:
+    halves = [tmp_path / "first", tmp_path / "second"]
+    for number, path in enumerate(sorted((place / "images").iterdir())):
+        halves[number // 12].mkdir(exist_ok=True)
+        shutil.copy(path, halves[number // 12])
+    code, _, err = find(images=halves)
+    assert (code, err) == (0, "")
+    neurons = Neurons.load(tmp_path / "n.json")
+    assert neurons.about["images"]["given"] == 24
+    assert {(n.layer, n.index) for n in neurons.neurons} == set(UNITS)
 
 
 def test_bad_images_are_named_and_skipped(

@@ -291,7 +291,11 @@ def test_without_a_processor_the_options_say_it_all(tmp_path: Path) -> None:
         crop_pct=1.0,
         crop_mode="squash",
     )
-    assert load(f"hf:{tmp_path}", overrides=overrides).preprocessing.image_size == (28, 28)
+    said = load(f"hf:{tmp_path}", overrides=overrides)
+    assert said.preprocessing.image_size == (28, 28)
+    complete = load(f"hf:{tmp_path}", preprocessing=said.preprocessing)
+    assert complete.preprocessing is said.preprocessing
+    assert complete.weights_sha256 == said.weights_sha256
 
 
 PROCESSORS = [

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from regraft.errors import ModelError
+from regraft.preprocessing import Preprocessing
 from regraft_export import sources
-from regraft_export.sources import load
+from regraft_export.sources import PreprocessingOverrides, load
 from regraft_export.sources.reasons import reason
 from regraft_export.sources.weights import weights_sha256
 
@@ -30,6 +31,9 @@ class Tiny(nn.Module):
 
 def build():
     return Tiny().train(), CONFIG
+
+def bare():
+    return Tiny()
 
 def spoiled():
     module = Tiny()
@@ -54,6 +58,14 @@ def test_what_comes_out(source: str) -> None:
     weight = loaded.module.weight
     assert (weight.dtype, weight.requires_grad, weight.device.type) == (torch.float32, False, "cpu")
     assert loaded.weights_sha256 == weights_sha256(loaded.module)
+
+
+def test_a_complete_preprocessing_replaces_the_models_own(source: str) -> None:
+    ours = Preprocessing((4, 6), (0.5,) * 3, (0.5,) * 3, "none", (1, 1), crop_offset="floor")
+    ignored = PreprocessingOverrides(image_size=(2, 2))
+    for function in ("build", "bare"):
+        loaded = load(f"{source}:{function}", overrides=ignored, preprocessing=ours)
+        assert loaded.preprocessing is ours
 
 
 def test_spoiled_weights_are_refused(source: str) -> None:

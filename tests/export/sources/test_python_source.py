@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from regraft.errors import ModelError
@@ -100,7 +101,87 @@ def test_incomplete_preprocessing_names_the_options(
 ) -> None:
     with pytest.raises(ModelError) as caught:
         load(f"python:{file}:{function}")
-    assert str(caught.value) == f"python:{file}:{function}: the preprocessing lacks {missing}"
+    assert str(caught.value) == (
+        f"python:{file}:{function}: the preprocessing lacks {missing}, or return (module, {{...}}) "
+        "with input_size, mean, std, interpolation, crop_pct, crop_mode"
+    )
+
+
+def test_incomplete_preprocessing_is_said_before_the_weights_are_read(file: Path) -> None:
+    with pytest.raises(ModelError, match="the preprocessing lacks input_size"):
+        load(f"python:{file}:alone", weights=file.parent / "none.pth")
+
+
+TIMM = """
+import timm
+
+def build(**options): return timm.create_model(
+    "vit_tiny_patch16_224", embed_dim=12, depth=1, num_heads=1, num_classes=0, **options)
+def alone(): return build()
+def small(): return build(img_size=(32, 48))
+def partly(): return build(), {"mean": (0.1, 0.2, 0.3), "std": None, "crop_pct": 0.5}
+def unrecorded():
+    module = build()
+    module.pretrained_cfg = {}
+    return module
+"""
+
+
+@pytest.fixture
+def timm_file(tmp_path: Path) -> Path:
+    path = tmp_path / "own_timm.py"
+    path.write_text(TIMM)
+    return path
+
+
+def test_a_timm_model_brings_its_own_preprocessing(timm_file: Path) -> None:
+    by_name = load("timm:vit_tiny_patch16_224", weights=published(timm_file.parent))
+    assert load(f"python:{timm_file}:alone").preprocessing == by_name.preprocessing
+
+
+def published(folder: Path) -> Path:
+    """A weights file for the architecture by name, which otherwise would be downloaded."""
+    module = timm.create_model("vit_tiny_patch16_224")
+    torch.save(module.state_dict(), folder / "tiny.pth")
+    return folder / "tiny.pth"
+
+
+def test_a_timm_model_is_preprocessed_for_the_size_it_was_built_with(timm_file: Path) -> None:
+    assert load(f"python:{timm_file}:small").preprocessing.image_size == (32, 48)
+
+
+def test_the_dict_and_the_options_go_before_what_timm_recorded(timm_file: Path) -> None:
+    overrides = PreprocessingOverrides(interpolation="box", mean=(0.0, 0.0, 0.0))
+    got = load(f"python:{timm_file}:partly").preprocessing
+    assert (got.mean, got.std) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+    assert (got.resize_size, got.interpolation) == ((448, 448), "bicubic")
+    got = load(f"python:{timm_file}:partly", overrides=overrides).preprocessing
+    assert (got.mean, got.interpolation) == ((0.0, 0.0, 0.0), "box")
+
+
+def test_a_timm_model_without_a_record_asks_for_everything(timm_file: Path) -> None:
+    with pytest.raises(ModelError, match="the preprocessing lacks input_size, mean, std, "):
+        load(f"python:{timm_file}:unrecorded")
+
+
+RECORD = """
+from torch import nn
+def build():
+    module = nn.Linear(1, 1)
+    module.pretrained_cfg = {"input_size": (3, 8, 8)}
+    return module
+"""
+
+
+def test_timm_is_imported_for_a_record_alone(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    load(f"python:{file}:pair")
+    path = tmp_path / "record.py"
+    path.write_text(RECORD)
+    with pytest.raises(ModelError, match="the preprocessing lacks input_size"):
+        load(f"python:{path}:build")
 
 
 def test_weights_from_a_file(file: Path, tmp_path: Path) -> None:

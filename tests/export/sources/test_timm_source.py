@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from regraft.errors import ModelError
+from regraft.preprocessing import Preprocessing
 from regraft_export.sources import PreprocessingOverrides, load
 
 NAME = "test_vit"  # timm's own tiny ViT: 160 px, patch 16, width 64, depth 6
@@ -50,6 +51,14 @@ def test_another_image_size_resamples_the_positions(checkpoint: Path) -> None:
     torch.testing.assert_close(loaded.module.pos_embed, expected)
     with torch.no_grad():
         assert loaded.module(torch.zeros(2, 3, 96, 128)).isfinite().all()
+
+
+def test_a_complete_preprocessing_sets_the_image_size(checkpoint: Path) -> None:
+    ours = Preprocessing((96, 128), (0.5,) * 3, (0.5,) * 3, "exact", (96, 128))
+    loaded = load(f"timm:{NAME}", weights=checkpoint, preprocessing=ours)
+    assert loaded.preprocessing is ours
+    with torch.no_grad():
+        assert loaded.module(torch.zeros(1, 3, 96, 128)).isfinite().all()
 
 
 @pytest.mark.usefixtures("no_hub")

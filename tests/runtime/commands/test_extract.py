@@ -18,6 +18,7 @@ from PIL import Image
 
 from regraft import Extractor
 from regraft.bundle import record
+from regraft.manifest import digest
 
 Regraft = Callable[..., tuple[int, str, str]]
 
@@ -172,7 +173,9 @@ def damage_byte(bundle: Path) -> None:
 
 def edit_manifest(bundle: Path, **fields: object) -> None:
     data = json.loads((bundle / "manifest.json").read_text())
-    (bundle / "manifest.json").write_text(json.dumps(data | fields))
+    data |= fields
+    data["sha256"] = digest(data)
+    (bundle / "manifest.json").write_text(json.dumps(data))
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from regraft.manifest import Manifest
+from regraft.manifest import Manifest, digest
 
 Regraft = Callable[..., tuple[int, str, str]]
 
@@ -33,12 +33,17 @@ def test_what_is_missing_is_said(
 ) -> None:
     bundle = write_bundle(tmp_path / "lean", baseline=False)
     data = json.loads((bundle / "manifest.json").read_text())
-    data["verified"] = False
+    data |= {"verified": False, "precision": "bf16"}
     data["tokens"].update(class_token=False, prefix=4)
+    data["outputs"]["last_hidden_state"][1] = 20
+    data["sha256"] = digest(data)
     (bundle / "manifest.json").write_text(json.dumps(data))
     _, out, _ = regraft("inspect", bundle)
     assert "graphs         model (model.onnx)\n" in out
-    assert "verified       not in fp32, only as its fp32 twin" in out
+    assert (
+        "verified       the same rewrite in fp32; the bf16 graph itself is unverified: no engine "
+        "of this version runs it\n"
+    ) in out
     assert "tokens         4 other prefix tokens, 16 patches" in out
 
 

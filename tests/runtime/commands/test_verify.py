@@ -13,6 +13,7 @@ from tests.support import bundles, pictures
 from regraft.bundle import Bundle, record
 from regraft.commands import verify as command
 from regraft.engines.ort_cpu import OrtCpuEngine
+from regraft.manifest import digest
 
 Regraft = Callable[..., tuple[int, str, str]]
 GRAPH = "the graph that export verified (ort-cpu, optimiser off)"
@@ -179,6 +180,7 @@ def test_an_exchanged_graph_fails_against_pytorch(
     manifest = json.loads((other / "manifest.json").read_text())
     now = record(other / "neurons.json")
     manifest["files"]["neurons.json"] = {"sha256": now.sha256, "bytes": now.bytes}
+    manifest["sha256"] = digest(manifest)
     (other / "manifest.json").write_text(json.dumps(manifest))
     Bundle.open(other)
     code, out, err = regraft("verify", other, "--images", images, "--model", bundles.PLANTED)

@@ -175,7 +175,7 @@ def _write(
         files={name: record(folder / name) for name in files},
         versions={"regraft": "0.1.0"},
     )
-    (folder / manifests.NAME).write_text(json.dumps(manifest.to_json()))
+    (folder / manifests.NAME).write_text(manifest.text())
     return folder
 
 

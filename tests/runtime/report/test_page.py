@@ -254,9 +254,8 @@ def test_without_class_token(
 def test_what_is_missing_is_said(
     make_page: MakePage, write_probed: Callable[..., Path], pictures: Path, tmp_path: Path
 ) -> None:
-    page = make_page(write_probed(tmp_path / "b", report=None, verification=False), pictures)
+    page = make_page(write_probed(tmp_path / "b", report=None), pictures)
     assert "has no report of regraft find (a hand-made list" in section(page, "controls").text
-    assert "has no verify.json" in section(page, "parity").text
     assert not section(page, "controls").all("table")
 
 

@@ -22,7 +22,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         metavar="MODEL",
         help="timm:NAME, hf:REPO_OR_FOLDER, or python:FILE.py:FUNCTION, a function that returns an "
-        "nn.Module, or a pair of it and a dict with timm's data-config names",
+        "nn.Module, or a pair of it and a dict with timm's data-config names (models of "
+        "timm.create_model bring their own)",
     )
     parser.add_argument(
         "--weights",

@@ -63,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-images", type=at_least(1), default=32, metavar="N", help="to verify on (default: 32)"
     )
     parser.add_argument("--batch-size", type=at_least(1), default=8, metavar="N")
+    parser.add_argument(
+        "--strict", action="store_true", help="write nothing if an image cannot be read"
+    )
     add_force(parser)
     parser.add_argument("--json", action="store_true", help="print the findings for machines")
 
@@ -71,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     """Exports, and prints what was found."""
     from regraft.files import check_output
     from regraft.images import list_images
+    from regraft.manifest import NAME
     from regraft.neurons import Neurons
     from regraft.progress import Progress
     from regraft_export.exporting import export_bundle
@@ -78,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     from regraft_export.outlier_level import measured_level, recorded_level
     from regraft_export.vit.structure import from_module
 
-    check_output(args.out, args.force)
+    check_output(args.out, args.force, marker=NAME)
     neurons = Neurons.load(args.neurons)
     paths = spread(list_images(args.images), args.max_images)
     options = _options(args)
@@ -88,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
     for warning in check_identity(neurons, loaded, vit, args.force):
         print(f"regraft: warning: {warning}", file=sys.stderr)
     images = ImageBatches(paths, loaded.preprocessing, args.batch_size)
+    if args.strict:
+        images.check_all()
     level = recorded_level(neurons, vit.layout.depth) or measured_level(vit, neurons, images)
     with Progress(len(paths), "images", "verifying") as progress:
         exported = export_bundle(
@@ -134,6 +140,20 @@ class ImageBatches:
         if not seen:
             raise InputError(f"none of the {len(self.paths)} images could be read (named above)")
 
+    def check_all(self) -> None:
+        """Reads every file once.
+
+        Raises:
+            InputError: some cannot be read.
+        """
+        for _ in self:
+            pass
+        if self.named:
+            raise InputError(
+                f"{len(self.named)} of {len(self.paths)} images could not be read (named above); "
+                "nothing was written; without --strict they are left out"
+            )
+
 
 def spread(paths: list[Path], most: int) -> list[Path]:
     """At most so many, evenly spread over the list."""
@@ -176,6 +196,6 @@ def _summary(out: str, manifest: Manifest, verification: Verification) -> Iterat
     yield from lines(verification)
     if not manifest.verified:
         yield (
-            "bf16 cannot run on this processor's engine: the same rewrite was verified in fp32; "
-            "`regraft build` verifies bf16 where an engine runs it"
+            f"no engine of this version runs {manifest.precision}: the same rewrite was verified "
+            f"in fp32; the {manifest.precision} graph itself is unverified"
         )

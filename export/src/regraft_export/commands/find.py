@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images",
         required=True,
-        type=Path,
+        nargs="+",
         metavar="DIR",
-        help="folder of images, 100 or more, like those the model will see",
+        help="images, 100 or more, like those the model will see",
     )
     parser.add_argument(
         "--out", required=True, type=Path, metavar="FILE", help="neurons.json, to be written"

@@ -1,8 +1,8 @@
 """Where models come from: MODEL on the command line, a module ready for tracing in memory.
 
 MODEL is ``SCHEME:REST``. One module per scheme, imported only when it is asked for, because each
-needs packages that the others do not. A scheme's ``load(rest, weights, overrides)`` returns the
-module and its preprocessing; everything after that is the same for all and done here.
+needs packages that the others do not. A scheme's ``load(rest, weights, overrides, preprocessing)``
+returns the module and its preprocessing; everything after that is the same for all and done here.
 """
 
 from __future__ import annotations
@@ -56,13 +56,15 @@ def load(
     *,
     weights: Path | None = None,
     overrides: PreprocessingOverrides | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> LoadedModel:
     """Loads MODEL.
 
     Args:
         model: ``timm:NAME``, ``hf:REPO_OR_FOLDER`` or ``python:FILE.py:FUNCTION``.
         weights: a checkpoint to use instead of the download: safetensors, or a pickle of tensors.
-        overrides: what replaces the model's own preprocessing.
+        overrides: what replaces parts of the model's own preprocessing.
+        preprocessing: replaces all of it, and the overrides; the model then needs none of its own.
 
     Raises:
         ModelError: no such scheme, package, model or weights; weights that do not fit or are not
@@ -81,7 +83,9 @@ def load(
         source = importlib.import_module(_SCHEMES[scheme])
     except ModuleNotFoundError as error:
         raise missing_package(model, scheme, error) from error
-    module, preprocessing = source.load(rest, weights, overrides or PreprocessingOverrides())
+    module, preprocessing = source.load(
+        rest, weights, overrides or PreprocessingOverrides(), preprocessing
+    )
     module = module.cpu().float().eval().requires_grad_(False)
     weights_module.check_finite(module, f"{model}" if weights is None else f"{weights}")
     return LoadedModel(

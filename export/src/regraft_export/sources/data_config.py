@@ -55,12 +55,13 @@ class PreprocessingOverrides:
         return {**config, **given}
 
 
-def from_data_config(config: Mapping[str, Any], subject: str) -> Preprocessing:
+def from_data_config(config: Mapping[str, Any], subject: str, cure: str = "") -> Preprocessing:
     """The preprocessing of timm's evaluation transforms.
 
     Args:
         config: all of :data:`NAMES`; others are refused.
         subject: what the config belongs to, for messages.
+        cure: what else completes the config than the options, for the message that asks for them.
 
     Raises:
         ModelError: a name is missing, unknown or has a malformed value; the message says which.
@@ -70,7 +71,7 @@ def from_data_config(config: Mapping[str, Any], subject: str) -> Preprocessing:
         options = {name: "--" + option.replace("_", "-") for option, name in _OPTIONS.items()}
         raise ModelError(
             f"{subject}: the preprocessing lacks {', '.join(missing)}; give "
-            f"{' '.join(options[name] for name in missing)}"
+            f"{' '.join(options[name] for name in missing)}{cure and f', or {cure}'}"
         )
     unknown = sorted(set(config) - set(NAMES))
     if unknown:

@@ -49,12 +49,16 @@ _OTHER_PARTS = (
 
 
 def load(
-    name: str, weights: Path | None, overrides: PreprocessingOverrides
+    name: str,
+    weights: Path | None,
+    overrides: PreprocessingOverrides,
+    preprocessing: Preprocessing | None = None,
 ) -> tuple[nn.Module, Preprocessing]:
     """Loads the vision model and its preprocessing from the hub or a folder.
 
     Where the image size is not the checkpoint's, the position embedding is resampled once, by the
-    model's own rule, so that the module takes ``pixel_values`` alone.
+    model's own rule, so that the module takes ``pixel_values`` alone. Given a complete
+    ``preprocessing``, no image processor is looked for.
 
     Raises:
         ModelError: no such repository, an architecture that is not known, weights, preprocessing
@@ -65,7 +69,7 @@ def load(
         raise ModelError(f"{subject}: no such folder; expected one with config.json")
     with _quiet():
         module = _module(subject, name, weights)
-        preprocessing = _preprocessing(subject, name, overrides)
+        preprocessing = preprocessing or _preprocessing(subject, name, overrides)
     fix_image_size(subject, module, preprocessing.image_size)
     return module, preprocessing
 

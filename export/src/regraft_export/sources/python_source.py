@@ -1,7 +1,9 @@
 """``python:FILE.py:FUNCTION`` and ``python:package.module:FUNCTION``: models from own code.
 
 The function takes no arguments and returns an ``nn.Module``, or a pair of it and a dict with
-timm's data-config names. The code is run: use files you trust.
+timm's data-config names. What neither the dict nor the options say is taken from the module's
+``pretrained_cfg``, which the models of ``timm.create_model`` carry. The code is run: use files you
+trust.
 """
 
 from __future__ import annotations
@@ -19,15 +21,22 @@ from torch import nn
 
 from regraft.errors import ModelError
 from regraft.preprocessing import Preprocessing
-from regraft_export.sources.data_config import PreprocessingOverrides, from_data_config
+from regraft_export.sources.data_config import NAMES, PreprocessingOverrides, from_data_config
 from regraft_export.sources.reasons import reason
 from regraft_export.sources.weights import load_weights
 
+_CURE = "return (module, {...}) with " + ", ".join(NAMES)
+
 
 def load(
-    spec: str, weights: Path | None, overrides: PreprocessingOverrides
+    spec: str,
+    weights: Path | None,
+    overrides: PreprocessingOverrides,
+    preprocessing: Preprocessing | None = None,
 ) -> tuple[nn.Module, Preprocessing]:
     """Imports the file or module and calls the function.
+
+    A complete ``preprocessing`` stands for the model's own and the overrides.
 
     Raises:
         ModelError: no such file, module or function; it fails or returns something else; the
@@ -46,12 +55,35 @@ def load(
     if not isinstance(module, nn.Module) or not isinstance(config, Mapping):
         raise ModelError(
             f"{subject}: returned {_kind(result)}; expected an nn.Module, or a pair of it and a "
-            "dict with input_size, mean, std, interpolation, crop_pct, crop_mode"
+            f"dict with {', '.join(NAMES)}"
         )
-    preprocessing = from_data_config(overrides.over(config), subject)
+    if preprocessing is None:
+        config = overrides.over(_completed(config, module, overrides))
+        preprocessing = from_data_config(config, subject, _CURE)
     if weights is not None:
         load_weights(module, weights)
     return module, preprocessing
+
+
+def _completed(
+    config: Mapping[str, Any], module: nn.Module, overrides: PreprocessingOverrides
+) -> Mapping[str, Any]:
+    """The function's dict, and what it leaves out by timm's record on the module, if any."""
+    said = overrides.over(config)
+    missing = [name for name in NAMES if said.get(name) is None]
+    recorded = getattr(module, "pretrained_cfg", None)
+    if not missing or not isinstance(recorded, Mapping) or not recorded:
+        return config
+    try:
+        import timm.data
+    except ModuleNotFoundError:  # a record in another package's name
+        return config
+    resolved = timm.data.resolve_model_data_config(module)
+    # timm records the published size, whatever img_size the model was built with.
+    built = getattr(getattr(module, "patch_embed", None), "img_size", None)
+    if isinstance(built, tuple):
+        resolved["input_size"] = (3, *built)
+    return {**config, **{name: resolved[name] for name in missing if name in resolved}}
 
 
 def _import(subject: str, target: str) -> ModuleType:

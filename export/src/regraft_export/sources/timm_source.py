@@ -24,12 +24,15 @@ from regraft_export.sources.weights import load_weights
 
 
 def load(
-    name: str, weights: Path | None, overrides: PreprocessingOverrides
+    name: str,
+    weights: Path | None,
+    overrides: PreprocessingOverrides,
+    preprocessing: Preprocessing | None = None,
 ) -> tuple[nn.Module, Preprocessing]:
     """Builds the model by name, with its published weights or those of a file.
 
     Another image size than the checkpoint's is handed to timm, which resamples the position
-    embedding.
+    embedding. A complete ``preprocessing`` stands for the model's own and the overrides.
 
     Raises:
         ModelError: no such model, tag or download; weights or image size that do not fit.
@@ -37,17 +40,19 @@ def load(
     subject = f"timm:{name}"
     _check_name(name)
     options: dict[str, Any] = {}
-    if overrides.image_size is not None:
-        options["img_size"] = overrides.image_size
+    image_size = overrides.image_size if preprocessing is None else preprocessing.image_size
+    if image_size is not None:
+        options["img_size"] = image_size
     module = _create(subject, name, pretrained=weights is None, options=options)
     if weights is not None:
         # Every model file of timm has this function: it renames the keys of original releases and
         # resamples the position embedding.
         family = importlib.import_module(type(module).__module__)
         load_weights(module, weights, getattr(family, "checkpoint_filter_fn", None))
-    config = timm.data.resolve_model_data_config(module)
-    config = {key: value for key, value in config.items() if key in NAMES}
-    preprocessing = from_data_config(overrides.over(config), subject)
+    if preprocessing is None:
+        config = timm.data.resolve_model_data_config(module)
+        config = {key: value for key, value in config.items() if key in NAMES}
+        preprocessing = from_data_config(overrides.over(config), subject)
     patch = getattr(getattr(module, "patch_embed", None), "patch_size", None)
     if patch is not None:
         check_patches(subject, preprocessing.image_size, patch)

@@ -186,9 +186,9 @@ def _warnings_in_one_line() -> Iterator[None]:
     logger.addHandler(handler)
     try:
         with warnings.catch_warnings():
-            # Pillow warns of large pictures before regraft refuses or takes them. Named by its
-            # text: importing Pillow for its class would slow every command down.
-            warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
+            # Pillow warns of large pictures, damaged EXIF blocks, odd palettes: regraft refuses
+            # them or takes them as documented. Here once: worker threads share the filters.
+            warnings.filterwarnings("ignore", module=r"PIL\..*")
             yield
     finally:
         logger.removeHandler(handler)
