@@ -17,7 +17,9 @@ test: $(VENV)/.installed
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu"
 
+# TensorRT itself comes from NVIDIA and is wanted on a card alone.
 test-gpu: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable './runtime[cpu,tensorrt]'
 	$(BIN)/python -m pytest -m gpu
 
 check: $(VENV)/.installed
@@ -38,4 +40,4 @@ $(VENV)/.installed: constraints.txt requirements-dev.txt runtime/pyproject.toml 
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) .rig demo-output

@@ -1,7 +1,9 @@
-"""Skips are allowed on a developer's machine and are failures where REGRAFT_NO_SKIP=1 is set."""
+"""For all tests: a cache of their own, and skips are failures where REGRAFT_NO_SKIP=1 is set."""
 
+import itertools
 import os
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +30,14 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     report = yield
     _forbid_skip(report)
     return report
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where built engines go: a folder of the test's own, not made yet, never the user's."""
+    folder = tmp_path_factory.getbasetemp() / f"cache-{next(_numbers)}"
+    monkeypatch.setenv("REGRAFT_CACHE", str(folder))
+    return folder

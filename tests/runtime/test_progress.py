@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from regraft.progress import Progress
+from regraft.progress import BuildBar, Progress
 
 
 class Terminal(io.StringIO):
@@ -48,3 +48,23 @@ def test_hours_are_written_out() -> None:
     from regraft.progress import _clock
 
     assert [_clock(seconds) for seconds in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
+
+
+def test_a_build_has_one_bar_for_each_phase() -> None:
+    stream = Terminal()
+    with BuildBar(stream) as bar:
+        for done in (0, 1, 2):
+            bar("parsing", done, 2)
+        bar("timing", 0, None)
+        bar("timing", 3, None)
+    lines = [line.rpartition("\r\x1b[K")[2] for line in stream.getvalue().strip().split("\n")]
+    assert len(lines) == 2
+    assert lines[0].startswith(f"parsing [{'#' * 24}] 2/2 steps")
+    assert lines[1].startswith("timing 3 steps")
+
+
+def test_a_build_that_nobody_watches_is_silent() -> None:
+    stream = io.StringIO()
+    with BuildBar(stream) as bar:
+        bar("parsing", 1, 2)
+    assert stream.getvalue() == ""

@@ -57,9 +57,10 @@ def skewed(monkeypatch: pytest.MonkeyPatch) -> type[Skewed]:
     class Here(Skewed):
         pass
 
-    monkeypatch.setattr(engines, "NAMES", (*engines.NAMES, "skewed"))
-    real = engines._load
-    monkeypatch.setattr(engines, "_load", lambda name: Here if name == "skewed" else real(name))
+    real = engines.engine_class
+    monkeypatch.setattr(
+        engines, "engine_class", lambda name: Here if name == "skewed" else real(name)
+    )
     return Here
 
 

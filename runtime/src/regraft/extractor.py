@@ -77,6 +77,7 @@ class Extractor:
         engine: str | Engine = AUTO,
         *,
         threads: int | None = None,
+        precision: str | None = None,
         batch_size: int | None = None,
         workers: int | None = None,
         draft: bool = False,
@@ -86,8 +87,10 @@ class Extractor:
 
         Args:
             bundle: the folder that ``regraft export`` wrote, or one opened before.
-            engine: a name (``auto``, ``ort-cpu``), or an engine opened on the bundle's ``model``.
+            engine: a name (``auto``, ``ort-cpu``, ``openvino``), or an engine opened on the
+                bundle's ``model``.
             threads: threads inside one run of the engine; None for the cores that may be used.
+            precision: of the arithmetic, for engines that have a choice; None for the bundle's.
             batch_size: images per run; None for 8.
             workers: threads that decode and preprocess; None for a sensible number.
             draft: decode large JPEG files at a reduced size: faster, but it changes pixels.
@@ -95,7 +98,7 @@ class Extractor:
 
         Raises:
             BundleError: the bundle is damaged, or of a newer schema.
-            EngineError: the engine is not installed or cannot run this bundle.
+            EngineError: the engine is not installed, not built here or cannot run this bundle.
             InputError: an option is wrong.
         """
         if not isinstance(bundle, Bundle):
@@ -105,7 +108,7 @@ class Extractor:
                 bundle.graph("model"),
                 engine,
                 precision=bundle.manifest.precision,
-                options=EngineOptions(threads=threads),
+                options=EngineOptions(threads=threads, precision=precision),
             )
         try:
             return cls(

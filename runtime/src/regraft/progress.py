@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import Self, TextIO
@@ -82,6 +83,46 @@ class Progress:
         if self._total and rate and self._done < self._total:
             parts.append(f"{_clock((self._total - self._done) / rate)} left")
         return " ".join(parts)
+
+
+class BuildBar:
+    """A bar for each phase of an engine's build, one after the other. A context manager.
+
+    Calling it is telling it: what is being done, steps done, steps in all (None if nobody knows).
+    Threads may.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._bar: Progress | None = None
+        self._phase, self._done = "", 0
+
+    def __call__(self, phase: str, done: int, total: int | None) -> None:
+        """Draws, if a person watches."""
+        with self._lock:
+            if self._bar is None or phase != self._phase:
+                self._end()
+                self._bar, self._phase = Progress(total, "steps", phase, self._stream), phase
+            self._bar.advance(done - self._done)
+            self._done = done
+
+    def _end(self) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+        self._bar, self._done = None, 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._lock:
+            self._end()
 
 
 def _clock(seconds: float) -> str:

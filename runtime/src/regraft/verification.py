@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -40,11 +41,11 @@ class Verification:
 
     Attributes:
         engine: what was verified.
-        precision: of the bundle, which chooses the limits.
+        precision: of the engine's arithmetic, which chooses the limits.
         reference: what it was compared with.
         images: how many.
         parity: one comparison per graph and output.
-        effect: what the patch does; None without probe graphs, or where ort-cpu cannot run them.
+        effect: what the patch does; None without probe graphs, or where they are bf16.
     """
 
     engine: str
@@ -109,8 +110,23 @@ class UnoptimisedGraph:
 class Engines:
     """A bundle's graphs on one engine, each opened on first use."""
 
-    def __init__(self, bundle: Bundle, engine: str, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: str,
+        options: EngineOptions | None = None,
+        built: Mapping[str, Path] | None = None,
+    ) -> None:
+        """Opens nothing yet.
+
+        Args:
+            bundle: whose graphs.
+            engine: by name.
+            options: of the engine.
+            built: graph name -> folder of a build that is not in the cache yet.
+        """
         self.bundle, self.engine, self.options = bundle, engine, options
+        self.built = built or {}
         self._open: dict[str, Engine] = {}
         self._stack = ExitStack()
 
@@ -121,6 +137,7 @@ class Engines:
                 self.engine,
                 precision=self.bundle.manifest.precision,
                 options=self.options,
+                built=self.built.get(graph),
             )
             self._open[graph] = self._stack.enter_context(engine)
         return self._open[graph]
@@ -144,6 +161,7 @@ def verify(
     options: EngineOptions | None = None,
     *,
     compare_probes: bool = False,
+    built: Mapping[str, Path] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Verification:
     """Compares an engine with a reference on images and measures the effect.
@@ -155,6 +173,7 @@ def verify(
         engine: what to verify; the effect is always measured on ort-cpu, whose probes it needs.
         options: of the engine.
         compare_probes: also compare the probe graphs with the reference (at export).
+        built: graph name -> folder of a build that is not in the cache yet.
         on_batch: called with each batch's size, for progress.
 
     Returns:
@@ -165,11 +184,12 @@ def verify(
     runs = manifest.precision != "bf16"
     has_probes = runs and {"probe", "probe_baseline"} <= set(manifest.graphs)
     compared = [g for g in ("model", "baseline") if g in manifest.graphs]
-    probes = ["probe_baseline", "probe"] if has_probes else []
+    # ort-cpu, which runs them, cannot run bf16; export measured the effect in fp32.
+    probes = ["probe_baseline", "probe"] if has_probes and manifest.precision != "bf16" else []
     meters: dict[tuple[str, str], Meter] = {}
     effect = EffectMeter(manifest)
     images = 0
-    with Engines(bundle, engine, options) as candidate, Engines(bundle, "ort-cpu") as cpu:
+    with Engines(bundle, engine, options, built) as candidate, Engines(bundle, "ort-cpu") as cpu:
         for pixels in batches:
             seen: dict[str, Mapping[str, NDArray[np.float32]]] = {}
             for graph in [*compared, *probes]:
@@ -182,11 +202,11 @@ def verify(
             images += len(pixels)
             if on_batch:
                 on_batch(len(pixels))
-        name = candidate["model"].name
-    limits = LIMITS[manifest.precision]
+        name, precision = candidate["model"].name, candidate["model"].precision
+    limits = LIMITS[precision]
     return Verification(
         engine=name,
-        precision=manifest.precision,
+        precision=precision,
         reference=reference.name,
         images=images,
         parity=tuple(meter.result(limits) for meter in meters.values()),

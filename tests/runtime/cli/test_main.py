@@ -49,8 +49,8 @@ def test_help_lists_every_command(regraft: Regraft) -> None:
     code, out, err = regraft("--help")
     assert (code, err) == (0, "")
     listed = [line.split()[0] for line in out.partition("commands:\n")[2].splitlines()]
-    expected = ["demo", "find", "export", "verify", "extract", "bench", "report", "inspect"]
-    assert listed[:8] == expected
+    expected = ["demo", "find", "export", "verify", "build", "extract", "bench", "report"]
+    assert listed[:9] == [*expected, "inspect"]
 
 
 def test_help_lists_export_commands_without_their_distribution(

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from regraft.engines import NAMES, Engine, EngineOptions, open_engine
+from regraft.engines import NAMES, PLANNED, Engine, EngineOptions, open_engine
 from regraft.errors import EngineError, InputError
 
 
@@ -133,9 +133,9 @@ def test_every_onnxruntime_exception_is_mapped(engine: Engine) -> None:
 
 def test_names_that_cannot_run_are_errors_not_fallbacks(pristine_bundle: Path) -> None:
     graph = pristine_bundle / "model.onnx"
-    assert NAMES == ("auto", "ort-cpu", "ort-cuda", "tensorrt", "openvino")
-    for name in ("ort-cuda", "tensorrt", "openvino"):
-        with pytest.raises(EngineError, match=f"^{name}: is not in this version; use ort-cpu$"):
+    assert set(NAMES) == {"auto", "ort-cpu", "ort-cuda", "tensorrt", "openvino"}
+    for name in PLANNED:
+        with pytest.raises(EngineError, match=f"^{name}: is not in this version; use ort-cpu or "):
             open_engine(graph, name)
     with pytest.raises(
         InputError, match="there is no engine 'onnx'; expected one of auto, ort-cpu"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--engine`` and ``--threads``."""
+    """Adds ``--engine``, ``--precision`` and ``--threads``."""
     from regraft.engines import AUTO, NAMES
 
     parser.add_argument(
@@ -16,11 +16,23 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         default=AUTO,
         help="what executes the graph; auto takes the fastest that can run here (default: auto)",
     )
+    add_precision(parser)
     parser.add_argument(
         "--threads",
         type=at_least(1),
         metavar="N",
         help="threads inside one run of the engine (default: the cores that may be used)",
+    )
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--precision``."""
+    from regraft.parity import LIMITS
+
+    parser.add_argument(
+        "--precision",
+        choices=tuple(LIMITS),
+        help="of the arithmetic (default: the bundle's; openvino can compute fp32 ones in bf16)",
     )
 
 

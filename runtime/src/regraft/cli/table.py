@@ -32,6 +32,7 @@ class Command:
 
 RUNTIME = {
     "verify": "parity and effect again, on any images and engine",
+    "build": "builds, verifies and caches an engine for this machine",
     "extract": "features of many images, into .npz or .parquet",
     "bench": "latency and throughput, baseline and patched",
     "report": "pictures before and after, as one HTML file",

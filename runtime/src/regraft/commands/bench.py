@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     """Measures, and prints a table."""
     bundle = Bundle.open(args.bundle)
     graphs = {"baseline": bundle.graph("baseline"), "patched": bundle.graph("model")}
-    options = EngineOptions(threads=args.threads)
+    options = EngineOptions(threads=args.threads, precision=args.precision)
     precision = bundle.manifest.precision
     with (
         open_engine(
@@ -211,7 +211,7 @@ def _about(bundle: Bundle, engine: Engine, args: argparse.Namespace) -> dict[str
         "model": bundle.manifest.model.get("source", "unknown"),
         "engine": engine.name,
         "engine_details": engine.details(),
-        "precision": bundle.manifest.precision,
+        "precision": engine.precision,
         "image_size": list(bundle.manifest.image_size),
         "images": "random" if args.images is None else list(args.images),
         "versions": {"regraft": __version__, "python": platform.python_version()},

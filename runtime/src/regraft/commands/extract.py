@@ -101,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         args.bundle,
         args.engine,
         threads=args.threads,
+        precision=args.precision,
         batch_size=args.batch_size,
         workers=args.workers,
         draft=args.draft,

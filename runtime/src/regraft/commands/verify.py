@@ -31,10 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("bundle", metavar="BUNDLE", help="folder that `regraft export` wrote")
     parser.add_argument("--images", required=True, nargs="+", metavar="DIR", help="any images")
-    parser.add_argument(
-        "--model", metavar="MODEL", help="compare with PyTorch and hooks (needs regraft-export)"
-    )
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="weights for --model")
+    add_reference(parser)
     add_engine(parser)
     parser.add_argument("--batch-size", type=at_least(1), default=8, metavar="N")
     parser.add_argument("--max-images", type=at_least(1), metavar="N", help="take only the first N")
@@ -44,13 +41,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the findings for machines")
 
 
+def add_reference(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--model`` and ``--weights``, which :func:`open_reference` reads."""
+    parser.add_argument(
+        "--model", metavar="MODEL", help="compare with PyTorch and hooks (needs regraft-export)"
+    )
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="weights for --model")
+
+
 def run(args: argparse.Namespace) -> int:
     """Verifies, prints the findings, and fails if a limit is missed."""
     bundle = Bundle.open(args.bundle)
     paths = list_images(args.images)[: args.max_images]
     failures: list[Failure] = []
     with ExitStack() as stack:
-        reference = stack.enter_context(_reference(bundle, args))
+        reference = stack.enter_context(open_reference(bundle, args))
         progress = stack.enter_context(Progress(len(paths), "images", "verifying"))
 
         def skip(failure: Failure) -> None:
@@ -64,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
             (batch.pixels for batch in prepared),
             reference,
             args.engine,
-            EngineOptions(args.threads),
+            EngineOptions(args.threads, precision=args.precision),
             on_batch=progress.advance,
         )
     if not found.images:
@@ -77,10 +82,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _reference(bundle: Bundle, args: argparse.Namespace) -> Any:
+def open_reference(bundle: Bundle, args: argparse.Namespace) -> Any:
+    """A context manager of what the engine is compared with.
+
+    Raises:
+        InputError: ``--weights`` without ``--model``, ``--model`` without regraft-export, or a
+            bundle whose graph cannot be its own reference.
+    """
     if args.model is None:
         if args.weights is not None:
             raise InputError("--weights is given without --model; give both or neither")
+        if bundle.manifest.precision == "bf16":
+            raise InputError(
+                f"{bundle.path}: is a bf16 bundle, which ort-cpu, the reference without PyTorch, "
+                "cannot run; give --model MODEL (needs regraft-export)"
+            )
         return UnoptimisedGraph(bundle, args.threads)
     found = entry_points(group=REFERENCES, name="pytorch")
     if not found:
@@ -109,10 +125,8 @@ def lines(found: Verification) -> Iterator[str]:
         yield f"  probes: {len(probes)} outputs compared, largest relative error {worst:.1e}"
     effect = found.effect
     if effect is None:
-        yield (
-            "effect: not measured: the bundle has no probes (exported with --no-baseline), or they "
-            "are bf16, which ort-cpu cannot run"
-        )
+        bf16 = ", or they are bf16, which ort-cpu cannot run" if found.precision == "bf16" else ""
+        yield f"effect: not measured, the bundle has no probes (exported with --no-baseline){bf16}"
         return
     yield (
         f"effect at layer {effect.detection_layer}: outlier tokens (norm above "

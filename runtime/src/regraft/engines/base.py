@@ -1,7 +1,8 @@
 """What an engine is: one graph, opened once, run many times.
 
 :meth:`Engine.run` checks what goes in and names every failure. A new engine implements
-``unavailable``, ``_open`` and ``_run``, and gets its row in :mod:`regraft.engines`.
+``unavailable``, ``_open`` and ``_run``, and gets its row in :mod:`regraft.engines`. One that is
+compiled ahead of time sets ``needs_build`` and implements ``environment`` and ``build`` besides.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -18,30 +18,23 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from regraft.engines.options import (
+    BuildOption,
+    BuildOptions,
+    BuildProgress,
+    EngineOptions,
+    Shape,
+)
 from regraft.errors import EngineError, InputError
 
-Shape = tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How an engine may use the machine.
-
-    Attributes:
-        threads: threads inside one run; None takes the cores this process may use.
-        spinning: whether threads wait busily between operators. It shortens a run that has the
-            machine for itself and starves whatever shares the cores, such as image decoding.
-        optimize: whether the engine may rewrite the graph; False is for finding out which of two
-            optimisers is wrong.
-    """
-
-    threads: int | None = None
-    spinning: bool = False
-    optimize: bool = True
-
-    def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"threads is {self.threads}; expected at least 1")
+__all__ = [
+    "BuildOption",
+    "BuildOptions",
+    "BuildProgress",
+    "Engine",
+    "EngineOptions",
+    "Shape",
+]
 
 
 class Engine(ABC):
@@ -55,27 +48,36 @@ class Engine(ABC):
         precision: fp32, fp16 or bf16: of its weights and arithmetic.
         size: (H, W) of ``pixel_values``.
         outputs: output name -> shape, a string for a free axis.
+        built: folder of files that :meth:`build` wrote; None for engines that need no build.
     """
 
     name: ClassVar[str]
+    needs_build: ClassVar[bool] = False
+    build_options: ClassVar[tuple[BuildOption, ...]] = ()
     graph: Path
     precision: str
     size: tuple[int, int]
     outputs: Mapping[str, Shape]
+    built: Path | None
 
-    def __init__(self, graph: Path, precision: str, options: EngineOptions) -> None:
+    def __init__(
+        self, graph: Path, precision: str, options: EngineOptions, built: Path | None = None
+    ) -> None:
         """Opens a graph.
 
         Args:
             graph: the ONNX file.
-            precision: fp32, fp16 or bf16, as the manifest says.
+            precision: fp32, fp16 or bf16, as :meth:`arithmetic` says.
             options: how it may use the machine.
+            built: what :meth:`build` wrote for this graph and precision; needed by engines with
+                ``needs_build``. :func:`regraft.engines.open_engine` takes it from the cache.
 
         Raises:
             EngineError: it is not installed, cannot run this precision, or refuses the graph.
         """
         self.graph = graph
         self.precision = precision
+        self.built = built
         self._lock = threading.Lock()
         self._closed = False
         if reason := self.unavailable(precision):
@@ -88,11 +90,71 @@ class Engine(ABC):
     def unavailable(cls, precision: str) -> str | None:
         """Why this engine cannot run here, and how to mend it; None if it can."""
 
+    @classmethod
+    def arithmetic(cls, precision: str, asked: str | None) -> str:
+        """The precision in which a bundle is computed; it chooses the limits of the parity gate.
+
+        Args:
+            precision: of the bundle.
+            asked: what the user wants; None for the bundle's.
+
+        Raises:
+            EngineError: this engine computes a bundle in its own precision, and no other.
+        """
+        if asked not in (None, precision):
+            raise EngineError(
+                f"{cls.name}: computes a bundle in its own precision, here {precision}; asked for "
+                f"{asked}: export with --precision {asked}"
+            )
+        return precision
+
+    @classmethod
+    def environment(cls) -> tuple[str, str]:
+        """Version of the library and name of the device, both part of the cache key.
+
+        Only for engines with ``needs_build``, and only where ``unavailable`` returns None.
+        """
+        raise NotImplementedError(f"{cls.name} needs no build")
+
+    @classmethod  # noqa: B027 - most options exclude nothing
+    def check_build(cls, precision: str, options: BuildOptions) -> None:
+        """Refuses build options that exclude each other, before anything is built.
+
+        Raises:
+            InputError: they do.
+        """
+
+    @classmethod
+    def build(
+        cls,
+        graph: Path,
+        precision: str,
+        options: BuildOptions,
+        folder: Path,
+        progress: BuildProgress,
+    ) -> dict[str, Any]:
+        """Compiles a graph for this machine; only for engines with ``needs_build``.
+
+        Args:
+            graph: the ONNX file, its external data beside it.
+            precision: as :meth:`arithmetic` says.
+            options: every one of ``build_options``, checked.
+            folder: where to write; empty, and thrown away if this raises.
+            progress: is told how far it is.
+
+        Returns:
+            What was built, as JSON values; kept in the cache entry and printed.
+
+        Raises:
+            EngineError: the library refuses the graph or the options.
+        """
+        raise NotImplementedError(f"{cls.name} needs no build")
+
     @abstractmethod
     def _open(
         self, graph: Path, options: EngineOptions
     ) -> tuple[tuple[int, int], dict[str, Shape]]:
-        """Opens the graph; returns (H, W) of its input and its outputs' shapes."""
+        """Opens the graph, or ``self.built``; returns (H, W) of its input and outputs' shapes."""
 
     @abstractmethod
     def _run(
@@ -107,7 +169,8 @@ class Engine(ABC):
         """What a measurement must be read with: versions, threads, device."""
         return {}
 
-    def _foreign_errors(self) -> tuple[type[Exception], ...]:
+    @classmethod
+    def _foreign_errors(cls) -> tuple[type[Exception], ...]:
         """The exceptions by which the library behind this engine reports failure."""
         return (RuntimeError,)
 
@@ -168,13 +231,17 @@ class Engine(ABC):
                 f"pixel_values: got {pixels.dtype} of shape {pixels.shape}; expected {expected}"
             )
 
+    @classmethod
     @contextmanager
-    def _failures(self, action: str) -> Iterator[None]:
+    def _failures(cls, action: str) -> Iterator[None]:
         """The one place where a library's exceptions become an EngineError."""
         try:
             yield
-        except self._foreign_errors() as error:
-            reason = str(error).strip().splitlines()
-            raise EngineError(
-                f"{self.name}: {action} ({reason[0] if reason else type(error).__name__})"
-            ) from error
+        except cls._foreign_errors() as error:
+            raise EngineError(f"{cls.name}: {action} ({cls._reason(error)})") from error
+
+    @classmethod
+    def _reason(cls, error: Exception) -> str:
+        """One line of a library's exception that tells the cause; most put it first."""
+        lines = str(error).strip().splitlines()
+        return lines[0] if lines else type(error).__name__

@@ -91,7 +91,8 @@ class OrtCpuEngine(Engine):
     def _close(self) -> None:
         self._session = None
 
-    def _foreign_errors(self) -> tuple[type[Exception], ...]:
+    @classmethod
+    def _foreign_errors(cls) -> tuple[type[Exception], ...]:
         # onnxruntime's exceptions have no common base of their own, so they are collected.
         from onnxruntime.capi import onnxruntime_pybind11_state as state
 

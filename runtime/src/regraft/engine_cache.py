@@ -1,0 +1,225 @@
+"""Where built engines live: the user's cache folder, never a bundle.
+
+An entry is one folder, ``engines/ENGINE/IDENTITY/KEY`` below
+:func:`regraft.cache_trust.cache_root`:
+
+- ``key.json``: what it was built of and for, see :class:`CacheKey`; KEY is the sha256 of it,
+  IDENTITY the sha256 of it without the build options.
+- ``record.json``: when it was built, size and sha256 of every other file, and the report of the
+  build (what was built, and the verification that it passed).
+- whatever the engine's ``build`` wrote.
+
+An entry that is damaged or of unknown origin is an error that names it, see
+:mod:`regraft.cache_trust`; what was built is hashed, and hashed again before it is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from regraft.cache_trust import cache_root, make_private, refuse_bundle, refuse_foreign, refused
+from regraft.errors import EngineError
+from regraft.files import whole_folder
+
+SCHEMA = 1
+WEIGHTS = "weights.data"  # the one external-data file of every graph of a bundle
+KEY, RECORD = "key.json", "record.json"
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """What a built engine depends on; any difference gives another entry.
+
+    Attributes:
+        engine: name, such as ``tensorrt``.
+        version: of the library that built it, and runs it.
+        device: what it was built for, in the library's words.
+        precision: fp32, fp16 or bf16: of its arithmetic.
+        graph_sha256: of the ONNX file.
+        weights_sha256: of the external data beside it; None if there is none.
+        options: build option -> value, all of them, defaults included.
+    """
+
+    engine: str
+    version: str
+    device: str
+    precision: str
+    graph_sha256: str
+    weights_sha256: str | None
+    options: Mapping[str, int | str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``key.json``."""
+        return {"schema": SCHEMA, **vars(self), "options": dict(self.options)}
+
+    @property
+    def group(self) -> Path:
+        """The folder of all entries that differ from this one in nothing but build options."""
+        identity = {name: v for name, v in self.to_json().items() if name != "options"}
+        return cache_root() / "engines" / self.engine / _digest(identity)
+
+    @property
+    def folder(self) -> Path:
+        """Where the entry is, or would be."""
+        return self.group / _digest(self.to_json())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A built engine in the cache, checked.
+
+    Attributes:
+        folder: where its files are.
+        options: build option -> value.
+        built: when, ISO 8601 in UTC.
+        report: ``build`` (what the engine said of itself) and ``verification``.
+    """
+
+    folder: Path
+    options: Mapping[str, int | str]
+    built: str
+    report: Mapping[str, Any]
+
+
+@dataclass
+class Draft:
+    """An entry in the making: fill ``folder`` and ``report``."""
+
+    folder: Path
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def graph_hashes(graph: Path) -> tuple[str, str | None]:
+    """The sha256 of an ONNX file, and of :data:`WEIGHTS` beside it if that exists.
+
+    Raises:
+        EngineError: a file cannot be read.
+    """
+    weights = graph.parent / WEIGHTS
+    return _sha256(graph), _sha256(weights) if weights.exists() else None
+
+
+def latest(key: CacheKey, graph: Path) -> Entry | None:
+    """The entry that was built last for a key, whatever its build options; None without one.
+
+    Args:
+        key: its options are not looked at.
+        graph: the ONNX file, to refuse a cache inside its bundle.
+
+    Raises:
+        EngineError: an entry is damaged or of unknown origin.
+    """
+    refuse_bundle(graph)
+    try:
+        # From the outside: one of another user may not even be looked into.
+        for folder in (cache_root(), *reversed(key.group.parents[:2]), key.group):
+            refuse_foreign(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    # Hidden ones are being written by somebody else, or were when the power failed.
+    folders = [f for f in sorted(key.group.iterdir()) if not f.name.startswith(".")]
+    if not folders:
+        return None
+    found = [_read(folder, key) for folder in folders]
+    entry, files = max(found, key=lambda pair: pair[0].built)
+    _check_files(entry.folder, files)
+    return entry
+
+
+@contextmanager
+def new_entry(key: CacheKey, graph: Path) -> Iterator[Draft]:
+    """Yields a draft whose folder becomes the entry when the block ends well.
+
+    An entry of the same key is replaced then, and not before.
+
+    Args:
+        key: with every build option.
+        graph: the ONNX file, to refuse a cache inside its bundle.
+
+    Raises:
+        EngineError: the cache folder belongs to somebody else, or lies in the bundle.
+        InputError: it cannot be written, for example on a full disk.
+    """
+    refuse_bundle(graph)
+    make_private(key.group)
+    target = key.folder
+    if target.is_symlink() or (target.exists() and not (target / KEY).is_file()):
+        _remove(target)  # of unknown origin; its name says that the place is ours
+    with whole_folder(target, KEY, force=True) as hidden:
+        hidden.chmod(0o700)
+        draft = Draft(hidden)
+        yield draft
+        _seal(hidden, key, draft.report)
+
+
+def _seal(folder: Path, key: CacheKey, report: Mapping[str, Any]) -> None:
+    files = {}
+    for file in sorted(folder.rglob("*")):
+        file.chmod(0o700 if file.is_dir() else 0o600)
+        if file.is_file():
+            name = file.relative_to(folder).as_posix()
+            files[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    built = datetime.now(UTC).isoformat(timespec="microseconds")
+    record = {"schema": SCHEMA, "built": built, "files": files, "report": dict(report)}
+    for name, content in ((KEY, key.to_json()), (RECORD, record)):
+        (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
+        (folder / name).chmod(0o600)
+
+
+def _read(folder: Path, key: CacheKey) -> tuple[Entry, Mapping[str, Mapping[str, Any]]]:
+    """An entry and the files it must have; their content is not looked at yet."""
+    for path in (folder, *sorted(folder.rglob("*"))):
+        refuse_foreign(path)
+    try:
+        found = json.loads((folder / KEY).read_text(encoding="utf-8"))
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        entry = Entry(folder, found["options"], record["built"], record["report"])
+        files: Mapping[str, Mapping[str, Any]] = dict(record["files"])
+    except OSError as error:
+        name = Path(str(error.filename)).name
+        raise refused(folder, f"is of unknown origin: {name} cannot be read") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise refused(folder, f"is damaged: {KEY} or {RECORD} is malformed ({error})") from None
+    expected = {**key.to_json(), "options": found["options"]}
+    if found != expected or folder.name != _digest(found):
+        raise refused(folder, f"is of unknown origin: {KEY} does not belong to this folder")
+    return entry, files
+
+
+def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    present = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
+    if extra := sorted(present - {*files, KEY, RECORD}):
+        raise refused(folder, f"is damaged: {', '.join(extra)} was not there when it was built")
+    for name, expected in files.items():
+        if name not in present:
+            raise refused(folder, f"is damaged: {name} is missing")
+        if _sha256(folder / name) != expected.get("sha256"):
+            raise refused(folder, f"is damaged: {name} was changed (its sha256 differs)")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise EngineError(f"{path}: cannot be read ({error.strerror})") from None

@@ -1,0 +1,133 @@
+"""The calls into the CUDA runtime that the runner needs, with their failures as EngineError.
+
+``cuda.bindings`` returns (error, value...) and raises nothing; here a failure cannot be overlooked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regraft.errors import EngineError
+
+_log = logging.getLogger("regraft.tensorrt")
+_REMEDIES = {
+    "cudaErrorMemoryAllocation": "free memory on the card, or build with a smaller max-batch",
+    "cudaErrorNoDevice": "use ort-cpu on a machine without a card",
+    "cudaErrorInsufficientDriver": "install or upgrade the NVIDIA driver; without a card use "
+    "ort-cpu",
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """The card that is used: its name, compute capability and driver."""
+
+    name: str
+    capability: str
+    driver: int
+
+    def __str__(self) -> str:
+        return f"{self.name} (sm_{self.capability}, driver {self.driver})"
+
+
+class Cuda:
+    """A thin layer over ``cuda.bindings.runtime``.
+
+    Args:
+        runtime: that module; None imports it.
+    """
+
+    def __init__(self, runtime: Any = None) -> None:
+        self.runtime = (
+            importlib.import_module("cuda.bindings.runtime") if runtime is None else runtime
+        )
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Calls a function of the CUDA runtime; returns its value, or a tuple of several.
+
+        Raises:
+            EngineError: it failed.
+        """
+        error, *values = getattr(self.runtime, name)(*arguments)
+        if int(error) != 0:
+            kind = getattr(error, "name", str(error))
+            text = self.runtime.cudaGetErrorString(error)[1]
+            text = text.decode() if isinstance(text, bytes) else str(text)
+            remedy = _REMEDIES.get(kind, "restart the process; the card may have been lost")
+            raise EngineError(f"tensorrt: {name} failed ({kind}: {text}); {remedy}")
+        return values[0] if len(values) == 1 else tuple(values)
+
+    def release(self, name: str, handle: Any) -> None:
+        """Calls a function that frees something; a failure is only logged.
+
+        After a lost card every one fails, and would hide the error that says so.
+        """
+        try:
+            self.call(name, handle)
+        except EngineError as error:
+            _log.info("%s", error)
+
+    def card(self) -> Card:
+        """The first card that is visible to this process.
+
+        Raises:
+            EngineError: there is no card, or no driver.
+        """
+        if self.call("cudaGetDeviceCount") < 1:
+            raise EngineError(
+                "tensorrt: there is no card; use ort-cpu, or check CUDA_VISIBLE_DEVICES"
+            )
+        found = self.call("cudaGetDeviceProperties", 0)
+        name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
+        driver = int(self.call("cudaDriverGetVersion"))
+        return Card(name.strip("\0"), f"{found.major}{found.minor}", driver)
+
+    def stream(self) -> Any:
+        """A stream of its own: the default one makes TensorRT wait for the whole card."""
+        return self.call("cudaStreamCreateWithFlags", self.runtime.cudaStreamNonBlocking)
+
+    def allocate(self, size: int) -> int:
+        """The address of ``size`` bytes on the card."""
+        return int(self.call("cudaMalloc", size))
+
+    def pinned(self, shape: tuple[int, ...]) -> tuple[int, NDArray[np.float32]]:
+        """A float32 array in memory that the card reads and writes directly, and its address."""
+        count = int(np.prod(shape))
+        address = int(self.call("cudaHostAlloc", 4 * count, self.runtime.cudaHostAllocDefault))
+        memory = (ctypes.c_float * count).from_address(address)
+        return address, np.ctypeslib.as_array(memory).reshape(shape)
+
+    def copy_in(self, device: int, host: int, size: int, stream: Any) -> None:
+        """Starts a copy from pinned memory to the card."""
+        kind = self.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.call("cudaMemcpyAsync", device, host, size, kind, stream)
+
+    def copy_out(self, host: int, device: int, size: int, stream: Any) -> None:
+        """Starts a copy from the card to pinned memory."""
+        kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.call("cudaMemcpyAsync", host, device, size, kind, stream)
+
+    def wait(self, stream: Any) -> None:
+        """Waits until everything that was started on a stream is done."""
+        self.call("cudaStreamSynchronize", stream)
+
+    def begin_capture(self, stream: Any) -> None:
+        """From here on a stream's work is recorded, not done."""
+        # Of this thread alone: others may allocate meanwhile.
+        mode = self.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self.call("cudaStreamBeginCapture", stream, mode)
+
+    def end_capture(self, stream: Any) -> Any:
+        """Ends the recording; returns what can be launched."""
+        graph = self.call("cudaStreamEndCapture", stream)
+        try:
+            return self.call("cudaGraphInstantiate", graph, 0)
+        finally:
+            self.release("cudaGraphDestroy", graph)
