@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -202,26 +201,6 @@ def test_the_command_is_installed(pristine_bundle: Path) -> None:
     done = in_a_process("inspect", pristine_bundle, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["manifest"]["schema"] == 1
-
-
-@pytest.mark.parametrize(
-    ("code", "limit"),
-    [
-        ("import regraft", 0.3),
-        (
-            "import sys; sys.argv = ['regraft', '--help']; import regraft.__main__ as m; m.main()",
-            0.5,
-        ),
-    ],
-    ids=["import", "help"],
-)
-def test_starting_is_quick(code: str, limit: float) -> None:
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
-        times.append(time.perf_counter() - start)
-    assert min(times) < limit
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 
 
@@ -72,3 +73,14 @@ def integers(least: int) -> Callable[[str], tuple[int, ...]]:
         return tuple(one(word) for word in words(text))
 
     return several
+
+
+def duration(text: str) -> float:
+    """An argument type: seconds, from 0, finite."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0")
+    return seconds

@@ -21,7 +21,7 @@ from PIL import Image
 
 from regraft import __version__
 from regraft.bundle import Bundle
-from regraft.cli.options import add_engine, at_least, integers
+from regraft.cli.options import add_engine, at_least, duration, integers
 from regraft.engines import Engine, EngineOptions, open_engine
 from regraft.errors import GateError
 from regraft.extractor import Extractor
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="images per run (default: 1,8)",
     )
     parser.add_argument(
-        "--seconds", type=float, default=5.0, help="time for each batch size (default: 5)"
+        "--seconds", type=duration, default=5.0, help="time for each batch size (default: 5)"
     )
     parser.add_argument(
         "--rounds", type=at_least(2), default=10, metavar="N", help="at least so many (default: 10)"

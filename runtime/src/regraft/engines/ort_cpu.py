@@ -47,6 +47,7 @@ class OrtCpuEngine(Engine):
     ) -> tuple[tuple[int, int], dict[str, Shape]]:
         import onnxruntime as ort
 
+        ort.disable_telemetry_events()  # nobody asked for any
         if self.precision == "fp16":
             _log.warning(
                 "ort-cpu: the bundle is fp16, which a CPU computes by converting to and fro, "
