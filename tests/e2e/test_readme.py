@@ -95,3 +95,10 @@ def test_the_options_readme_names_exist(capsys: pytest.CaptureFixture[str]) -> N
     helps += capsys.readouterr().out
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert {option for option in options if option not in helps} == set()
+
+
+def test_readme_has_no_placeholder_and_names_files_that_exist() -> None:
+    assert not re.findall(r"@[A-Z]+@", README)
+    root = Path(__file__).parents[2]
+    for name in re.findall(r"`(benchmarks/results/[\w.-]+)`", README):
+        assert (root / name).is_file(), name

@@ -22,6 +22,7 @@ from regraft.engines import NAMES, base
 from regraft.engines import openvino as module
 from regraft.engines.base import BuildOption
 from regraft.engines.openvino import OpenVinoEngine
+from regraft.manifest import digest
 from regraft.parity import LIMITS
 
 Regraft = Callable[..., tuple[int, str, str]]
@@ -263,6 +264,7 @@ def test_another_bundle_is_another_entry(
     graph.write_bytes(graph.read_bytes() + bytes([0xA2, 0x06, 0x00]))  # an empty doc field
     record = file_record(graph)
     manifest["files"][graph.name] = vars(record)
+    manifest["sha256"] = digest(manifest)
     (copy / "manifest.json").write_text(json.dumps(manifest))
     code, _, err = regraft(*verify)
     assert code == 1

@@ -41,8 +41,8 @@ def test_what_is_missing_is_said(
     _, out, _ = regraft("inspect", bundle)
     assert "graphs         model (model.onnx)\n" in out
     assert (
-        "verified       the same rewrite in fp32; the bf16 graph itself is unverified: no engine "
-        "of this version runs it\n"
+        "verified       the same rewrite in fp32; the bf16 graph itself is unverified until "
+        "`regraft build` verifies it on an engine that runs it\n"
     ) in out
     assert "tokens         4 other prefix tokens, 16 patches" in out
 

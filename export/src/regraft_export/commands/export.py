@@ -196,6 +196,7 @@ def _summary(out: str, manifest: Manifest, verification: Verification) -> Iterat
     yield from lines(verification)
     if not manifest.verified:
         yield (
-            f"no engine of this version runs {manifest.precision}: the same rewrite was verified "
-            f"in fp32; the {manifest.precision} graph itself is unverified"
+            f"ort-cpu cannot run {manifest.precision}: the same rewrite was verified in fp32; the "
+            f"{manifest.precision} graph itself is unverified until `regraft build {out}` verifies "
+            "it on an engine that runs it"
         )

@@ -96,8 +96,8 @@ def _files(bundle: Bundle) -> Iterator[tuple[str, str]]:
     if not manifest.verified:
         yield (
             "verified",
-            f"the same rewrite in fp32; the {manifest.precision} graph itself is unverified: no "
-            "engine of this version runs it",
+            f"the same rewrite in fp32; the {manifest.precision} graph itself is unverified "
+            "until `regraft build` verifies it on an engine that runs it",
         )
     elif VERIFY in manifest.files:
         yield "verified", _verdict(bundle.verification())

@@ -31,7 +31,7 @@ class OrtCpuEngine(Engine):
         if precision == "bf16":
             return (
                 "cannot run bf16, which ONNX Runtime's CPU provider does not implement; "
-                "use an engine of a GPU, or export with --precision fp32"
+                "use openvino or tensorrt, or export with --precision fp32"
             )
         try:
             import onnxruntime  # noqa: F401 - asked for here, used in _open

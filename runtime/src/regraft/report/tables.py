@@ -156,8 +156,8 @@ def parity(bundle: Bundle) -> Markup:
 
 def _unverified(precision: str) -> Markup:
     return fragment(
-        f" Verified as its fp32 twin only, not in {precision}, which no CPU engine runs; ",
-        el("code", "regraft verify"),
+        f" Verified as its fp32 twin only, not in {precision}, which ort-cpu cannot run; ",
+        el("code", "regraft build"),
         " with an engine that runs it settles it.",
     )
 
