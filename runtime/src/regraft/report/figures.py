@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -76,21 +78,7 @@ def profile(found: Measurement) -> Markup:
         "norm_median_before": Series("median before", "before dashed"),
         "norm_median_after": Series("median after", "after dashed"),
     }
-    xs = list(range(depth))
-    drawn = plot.draw(
-        "Token norms by layer",
-        plot.mark(found.manifest.detection_layer, "detection layer"),
-        plot.feet(_TOUCHED, found.manifest.layers),
-        *(
-            plot.line(
-                series,
-                xs,
-                [row[key] for row in rows],
-                [f"layer {i}, {series.name}: {short(row[key])}" for i, row in enumerate(rows)],
-            )
-            for key, series in reversed(lines.items())
-        ),
-    )
+    drawn = _by_layer(found, plot, "Token norms by layer", lines, short)
     return _figure(
         "Norms over depth",
         drawn,
@@ -114,27 +102,38 @@ def attention(found: Measurement) -> Markup:
         "attention_register": Series("on the register, after", "register", "dots"),
         "attention_outliers": Series("on the outlier tokens, before", "before dashed", "dots"),
     }
-    xs = list(range(len(rows)))
-    drawn = plot.draw(
-        f"Share of the {what} by layer",
-        plot.mark(found.manifest.detection_layer, "detection layer"),
-        plot.feet(_TOUCHED, found.manifest.layers),
-        *(
-            plot.line(
-                series,
-                xs,
-                [row[key] for row in rows],
-                [f"layer {i}, {series.name}: {percent(row[key])}" for i, row in enumerate(rows)],
-            )
-            for key, series in reversed(lines.items())
-        ),
-    )
+    drawn = _by_layer(found, plot, f"Share of the {what} by layer", lines, percent)
     return _figure(
         "Attention over depth",
         drawn,
         legend([*lines.values(), _TOUCHED]),
         "Mean over heads and images. Outlier tokens are those of the detection layer, the same "
         "places in every layer.",
+    )
+
+
+def _by_layer(
+    found: Measurement,
+    plot: Plot,
+    title: str,
+    lines: dict[str, Series],
+    text: Callable[[float], str],
+) -> Markup:
+    """One line per figure over the layers, with detection and touched layers marked."""
+    rows = layer_figures(found)
+    return plot.draw(
+        title,
+        plot.mark(found.manifest.detection_layer, "detection layer"),
+        plot.feet(_TOUCHED, found.manifest.layers),
+        *(
+            plot.line(
+                series,
+                list(range(len(rows))),
+                [row[key] for row in rows],
+                [f"layer {i}, {series.name}: {text(row[key])}" for i, row in enumerate(rows)],
+            )
+            for key, series in reversed(lines.items())
+        ),
     )
 
 
