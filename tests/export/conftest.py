@@ -14,7 +14,6 @@ import torch
 from tests.support import bundles, shared
 from torch import Tensor, nn
 
-from regraft.cli.main import main
 from regraft_export.graph.patch import Traced
 from regraft_export.trace import trace
 from regraft_export.vit.structure import VisionTransformer, first_tensor, from_module
@@ -173,19 +172,3 @@ def quick_trace(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
         )
 
     monkeypatch.setattr("regraft_export.exporting.trace", stored)
-
-
-@pytest.fixture
-def regraft(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """``regraft("export", ...)`` runs the command line: (exit code, stdout, stderr)."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main([str(word) for word in words])
-        except SystemExit as stop:  # how argparse ends
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run

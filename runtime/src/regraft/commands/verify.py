@@ -60,8 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
         def skip(failure: Failure) -> None:
             failures.append(failure)
-            progress.note(f"regraft: {failure.message}")
-            progress.advance()
+            progress.leave_out(failure.message)
 
         prepared = batches(paths, bundle.manifest.preprocessing, args.batch_size, on_error=skip)
         found = verify(
