@@ -7,6 +7,7 @@ needs a build ever built silently. A new engine is one module and one row in :da
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 
 from regraft import engine_cache
@@ -34,6 +35,11 @@ __all__ = [
     "engine_class",
     "open_engine",
 ]
+
+# ONNX Runtime (from 1.29 on) reports to its maker as soon as it is imported, and leaves an
+# identifier in the home folder; `disable_telemetry_events` comes too late for that. Nobody asked
+# for either.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 AUTO = "auto"
 # Name -> module and class. Modules load on use: some import what is not installed everywhere.
