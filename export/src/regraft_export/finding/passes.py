@@ -100,12 +100,12 @@ def resumed(vit: VisionTransformer, layer: int, output: Any) -> Iterator[None]:
 
     with ExitStack() as stack:
         for block in vit.blocks[: layer + 1]:
-            before = vars(block.module).get("forward")
+            replaced = vars(block.module).get("forward")  # by somebody else before
             block.module.forward = returned
-            restore = (delattr, block.module, "forward")
-            if before is not None:  # somebody else has replaced it, too
-                restore = (setattr, block.module, "forward", before)
-            stack.callback(*restore)
+            if replaced is None:
+                stack.callback(delattr, block.module, "forward")
+            else:
+                stack.callback(setattr, block.module, "forward", replaced)
         yield
 
 
