@@ -88,7 +88,7 @@ def test_an_export_command_says_what_to_install(regraft: Regraft, export_missing
     assert (code, out) == (1, "")
     assert err == (
         "regraft: `regraft find` needs the export distribution, which is not installed; "
-        "pip install regraft-export\n"
+        "pip install 'regraft-export', or in a checkout of regraft pip install './export'\n"
     )
 
 

@@ -318,7 +318,8 @@ def test_a_missing_package_says_what_to_install(
         code, out, err = regraft(*command)
         assert (code, out) == (1, "")
         expected = "openvino: openvino is not installed; pip install 'regraft-runtime[openvino]'"
-        assert err == f"regraft: {expected}\n"
+        elsewhere = "or in a checkout of regraft pip install './runtime[openvino]'"
+        assert err == f"regraft: {expected}, {elsewhere}\n"
 
 
 OPTIONS = (

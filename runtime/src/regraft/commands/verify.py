@@ -18,7 +18,7 @@ from typing import Any
 from regraft.bundle import Bundle
 from regraft.cli.options import add_engine, at_least
 from regraft.engines import EngineOptions
-from regraft.errors import InputError
+from regraft.errors import InputError, how_to_install
 from regraft.images import list_images
 from regraft.pipeline import Failure, batches
 from regraft.progress import Progress
@@ -99,7 +99,9 @@ def open_reference(bundle: Bundle, args: argparse.Namespace) -> Any:
         return UnoptimisedGraph(bundle, args.threads)
     found = entry_points(group=REFERENCES, name="pytorch")
     if not found:
-        raise InputError("--model needs the export distribution; pip install regraft-export")
+        raise InputError(
+            f"--model needs the export distribution; {how_to_install('regraft-export')}"
+        )
     reference: Reference = next(iter(found)).load()(bundle, args.model, args.weights)
     return reference
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from regraft.engines.base import BuildOptions, BuildProgress, Engine, EngineOptions, Shape
 from regraft.engines.cores import usable_cores
-from regraft.errors import EngineError
+from regraft.errors import EngineError, how_to_install
 from regraft.manifest import INPUT
 
 BLOB = "model.blob"
@@ -45,7 +45,7 @@ class OpenVinoEngine(Engine):
         except ImportError as error:
             missing = isinstance(error, ModuleNotFoundError)
             reason = "is not installed" if missing else f"cannot be imported ({error})"
-            return f"openvino {reason}; pip install 'regraft-runtime[openvino]'"
+            return f"openvino {reason}; {how_to_install('regraft-runtime', 'openvino')}"
         capabilities = _capabilities(core)
         if precision == "bf16" and "BF16" not in capabilities:
             return (
