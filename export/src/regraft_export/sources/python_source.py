@@ -113,7 +113,7 @@ def _call(subject: str, module: ModuleType, function: str) -> Any:
     build = getattr(module, function, None)
     if not callable(build):
         raise ModelError(
-            f"{subject}: {module.__name__} has no function {function!r}; expected one without "
+            f"{subject}: {Path(module.__file__ or module.__name__).name} has no function {function!r}; expected one without "
             "arguments that returns an nn.Module"
         )
     try:
