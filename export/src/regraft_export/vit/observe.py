@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from regraft.errors import ModelError
 from regraft_export.vit.structure import VisionTransformer, first_tensor, pooled_of
 
 
@@ -48,6 +49,9 @@ def observe(
         pixels: (B, 3, H, W), preprocessed.
         layers: whose raw block outputs to record.
         attentions: of which blocks to record attention.
+
+    Raises:
+        ModelError: a block computes its attention in a way that does not show it.
     """
     hidden: dict[int, Tensor] = {}
     final: list[Tensor] = []
@@ -65,6 +69,12 @@ def observe(
         if attentions:
             stack.enter_context(_Attention(vit, attentions, attention))
         output = vit.module(pixels)
+    if unseen := sorted(set(attentions) - set(attention)):
+        raise ModelError(
+            f"block {unseen[0]} ({type(vit.blocks[unseen[0]].module).__name__}): its attention was "
+            "not seen; expected a call of scaled_dot_product_attention, or a softmax of shape "
+            "(B, heads, tokens, tokens)"
+        )
     tokens = final[0]
     count = vit.layout.count
     return Observation(
@@ -85,8 +95,12 @@ def _keep(
     return hook
 
 
+_FUSED = torch.nn.functional.scaled_dot_product_attention
+_SOFTMAXES = (torch.nn.functional.softmax, torch.softmax, torch.Tensor.softmax)
+
+
 class _Attention(TorchFunctionMode):
-    """Recomputes attention beside each fused call, which does not return it."""
+    """Takes attention from a block's softmax; recomputes it beside a fused call, which hides it."""
 
     def __init__(
         self, vit: VisionTransformer, layers: Collection[int], store: dict[int, Tensor]
@@ -123,9 +137,17 @@ class _Attention(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention and self.current is not None:
+        if func is _FUSED and self.current is not None:
             query, key = args[0], args[1]
             scale = kwargs.get("scale") or query.shape[-1] ** -0.5
             scores = (query[:, :, self.queries] * scale) @ key.transpose(-2, -1)
             self.store[self.current] = scores.float().softmax(dim=-1).mean(dim=2)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in _SOFTMAXES and self.current is not None and self._between_tokens(result):
+            self.store[self.current] = result[:, :, self.queries].float().mean(dim=2)
+        return result
+
+    def _between_tokens(self, weights: Tensor) -> bool:
+        """Whether these are (B, heads, tokens, tokens), registers or not."""
+        count = self.vit.layout.count
+        return weights.ndim == 4 and weights.shape[2] == weights.shape[3] >= count
