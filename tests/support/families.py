@@ -166,6 +166,139 @@ SMALL = {
 }
 
 
+def _hf_dinov2(size: int, width: int, depth: int, heads: int, **options: Any) -> Family:
+    return _hf(
+        tf.Dinov2Model,
+        tf.Dinov2Config,
+        1,
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        image_size=size,
+        patch_size=14,
+        **options,
+    )
+
+
+def _hf_siglip(size: int, patch: int, **options: Any) -> Family:
+    settings = {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "layers": (6,),
+        **options,
+    }
+    return _hf(
+        tf.SiglipVisionModel,
+        tf.SiglipVisionConfig,
+        0,
+        image_size=size,
+        patch_size=patch,
+        **settings,
+    )
+
+
+def _published_clip(architecture: str, **about: Any) -> Family:
+    return _open_clip(open_clip.get_model_config(architecture), **about)
+
+
+_CLIP_L = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "patch_size": 14,
+}
+_B = {"layers": (6,)}
+_FOUR = {"depth": 4, "layers": (2,)}
+
+# Published sizes: width, heads, patch, tokens and (where `reduced` says nothing) depth.
+REAL = {
+    "hub_dinov2_vits14": _hub("dinov2_vits14", 224, 1, **_B),
+    "hub_dinov2_vitb14_reg": _hub("dinov2_vitb14_reg", 224, 5, **_B),
+    "hub_dinov2_vitl14": _hub("dinov2_vitl14", 224, 1, layers=(12,)),
+    "timm_dinov2_s_518_reg": _timm("vit_small_patch14_reg4_dinov2", 518, 14, 5, **_B),
+    "timm_dinov2_b": _timm("vit_base_patch14_dinov2", 224, 14, 1, **_B),
+    "hf_dinov2_b": _hf_dinov2(224, 768, 12, 12, **_B),
+    "hf_dinov2_g": _hf_dinov2(
+        224, 1536, 4, 24, use_swiglu_ffn=True, layers=(2,), reduced="depth 4 of 40"
+    ),
+    "timm_dinov2_g_reg": _timm(
+        "vit_giant_patch14_reg4_dinov2", 224, 14, 5, **_FOUR, reduced="depth 4 of 40"
+    ),
+    "open_clip_b32_quickgelu": _published_clip("ViT-B-32-quickgelu", **_B),
+    "open_clip_b16": _published_clip("ViT-B-16", **_B),
+    "open_clip_l14": _published_clip("ViT-L-14", layers=(12,)),
+    "timm_clip_b16_quickgelu": _timm("vit_base_patch16_clip_quickgelu_224", 224, 16, 1, **_B),
+    # As LLaVA reads it: --layers 22, the block before the last.
+    "hf_clip_l14_336": _hf(
+        tf.CLIPVisionModel, tf.CLIPVisionConfig, 1, **_CLIP_L, image_size=336, layers=(12,)
+    ),
+    "hf_siglip_b16_196_tokens": _hf_siglip(224, 16),
+    "hf_siglip_b16_256_tokens": _hf_siglip(256, 16),
+    "hf_siglip_so400m_729_tokens": _hf_siglip(
+        378,
+        14,
+        hidden_size=1152,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        intermediate_size=4304,
+        layers=(2,),
+        reduced="depth 4 of 27",
+    ),
+    "timm_siglip_b16": _timm("vit_base_patch16_siglip_224", 224, 16, 0, **_B),
+    "timm_deit_b": _timm("deit_base_patch16_224", 224, 16, 1, **_B),
+    "timm_deit_b_distilled": _timm("deit_base_distilled_patch16_224", 224, 16, 2, **_B),
+    "timm_deit3_b": _timm("deit3_base_patch16_224", 224, 16, 1, **_B),
+    "timm_vit_b": _timm("vit_base_patch16_224", 224, 16, 1, **_B),  # AugReg's and MAE's
+    "timm_eva02_b": _timm("eva02_base_patch14_224", 224, 14, 1, **_B, rotary=True, norm=6.0),
+    "timm_dinov3_b": _timm("vit_base_patch16_dinov3", 256, 16, 5, **_B, rotary=True),
+    "timm_dinov3_7b": _timm(
+        "vit_7b_patch16_dinov3",
+        224,
+        16,
+        5,
+        depth=3,
+        layers=(1,),
+        rotary=True,
+        reduced="depth 3 of 40",
+    ),
+    "hf_dinov3_b": _hf(
+        tf.DINOv3ViTModel,
+        tf.DINOv3ViTConfig,
+        5,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        num_register_tokens=4,
+        image_size=224,
+        patch_size=16,
+        rotary=True,
+        **_B,
+    ),
+    "timm_internvit_300m": _timm(
+        "vit_intern300m_patch14_448", 448, 14, 1, **_FOUR, reduced="depth 4 of 24"
+    ),
+    "hf_internvit_6b": _hf(
+        tf.InternVLVisionModel,
+        tf.InternVLVisionConfig,
+        1,
+        hidden_size=3200,
+        num_hidden_layers=3,
+        num_attention_heads=25,
+        intermediate_size=12800,
+        norm_type="rms_norm",
+        use_qk_norm=True,
+        image_size=224,
+        patch_size=14,
+        layers=(1,),
+        reduced="depth 3 of 45",
+    ),
+}
+
+
 def planted_module(family: Family) -> nn.Module:
     """The family's module, livened, with planted units and dead ones."""
     module = family.build().eval().requires_grad_(False)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,69 +11,16 @@ import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
 from tests.support import traces
-from tests.support.families import SMALL, Family, dead_neurons, planted_module, units_of
-from tests.support.planting import flagged_pictures, grey_levels
+from tests.support.families import SMALL, Family, dead_neurons
+from tests.support.planting import flagged_pictures
+from tests.support.whole_path import Regraft, whole_path
 
-from regraft.bundle import Bundle
-from regraft.neurons import Neurons
 from regraft.redirect import RedirectOptions
 from regraft_export.graph.patch import Patch, Traced, Wanted, build
 from regraft_export.trace import trace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-Regraft = Callable[..., tuple[int, str, str]]
-
-
-def write_pictures(folder: Path, family: Family, count: int) -> Path:
-    """Pictures whose pixels reach the model as they are."""
-    folder.mkdir()
-    levels = grey_levels(flagged_pictures(count, 2, family.size, family.patch))
-    for number, level in enumerate(levels):
-        Image.fromarray(level).save(folder / f"{number:02}.png")
-    return folder
-
-
-def preprocessing(family: Family) -> list[str]:
-    words = (
-        f"--image-size {family.size} --mean 0.5 0.5 0.5 --std 0.2 0.2 0.2 "
-        "--interpolation bicubic --crop-pct 1.0 --crop-mode squash"
-    )
-    return words.split()
-
-
-def whole_path(regraft: Regraft, family: Family, place: Path, pictures: int) -> Path:
-    """find, export, verify and extract; returns the bundle after checking each step."""
-    (place / "model").mkdir()
-    images = write_pictures(place / "images", family, pictures)
-    model, *more = family.save(planted_module(family), place / "model")
-    given = [model, *more, "--images", images]
-    bundle, neurons = place / "bundle", place / "neurons.json"
-
-    code, _, err = regraft("find", *given, *preprocessing(family), "--out", neurons)
-    assert code == 0, err
-    found = {(n.layer, n.index) for n in Neurons.load(neurons).neurons}
-    assert found == set(units_of(family))
-
-    last = family.layers[-1]
-    wanted = ["--layers", last, "--out", bundle]
-    code, _, err = regraft("export", *given, *preprocessing(family), "--neurons", neurons, *wanted)
-    assert code == 0, err
-    code, out, err = regraft("verify", bundle, "--images", images, "--model", *given[:-2], "--json")
-    assert code == 0, err
-    verified = json.loads(out)
-    assert verified["passed"]
-
-    code, _, err = regraft("extract", bundle, images, "--out", place / "features.npz")
-    assert code == 0, err
-    features = np.load(place / "features.npz")
-    side = family.size // family.patch
-    layout = Bundle.open(bundle).manifest.tokens
-    assert (layout.prefix, layout.grid) == (family.prefix, (side, side))
-    assert features["patches"].shape[:3] == (pictures, side, side)
-    return bundle
 
 
 @pytest.mark.parametrize("name", SMALL)

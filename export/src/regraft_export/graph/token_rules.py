@@ -269,6 +269,8 @@ def _gather(axis: TokenAxis, node: gs.Node) -> list[Dims]:
 def _concat(axis: TokenAxis, node: gs.Node) -> list[Dims]:
     shapes = [axis.need(node, i).pairs() for i in _slots(node)]
     k = int(node.attrs["axis"]) % len(shapes[0])
+    if any(before != after for before, after in (s[k] for s in shapes[:-1])):
+        raise axis.undecided(node, "a concatenation that puts something behind the register")
     joined = (sum(s[k][0] for s in shapes), sum(s[k][1] for s in shapes))
     if any([*s[:k], *s[k + 1 :]] != [*shapes[0][:k], *shapes[0][k + 1 :]] for s in shapes):
         raise axis.undecided(node, "a concatenation with something that has one entry per token")

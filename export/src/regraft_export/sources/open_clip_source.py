@@ -175,16 +175,17 @@ def _preprocessing(subject: str, config: Mapping[str, Any]) -> Preprocessing:
     size = config["size"]
     image_size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     mode, fill = config["resize_mode"], int(config["fill_color"])
-    square = image_size[0] == image_size[1]
+    rule = _RULES.get(mode, "shortest-edge" if image_size[0] == image_size[1] else "cover")
+    # "random" is of training alone, and to unequal sides OpenCLIP always resizes by bicubic.
+    bilinear = config["interpolation"] == "bilinear" and rule != "cover"
     try:
         return Preprocessing(
             image_size=image_size,
             mean=tuple(config["mean"]),
             std=tuple(config["std"]),
-            resize=_RULES.get(mode, "shortest-edge" if square else "cover"),
+            resize=rule,
             resize_size=image_size,
-            # "random" is of training alone; evaluation takes bicubic then.
-            interpolation="bilinear" if config["interpolation"] == "bilinear" else "bicubic",
+            interpolation="bilinear" if bilinear else "bicubic",
             fill=(fill, fill, fill),
         )
     except (TypeError, ValueError) as error:

@@ -142,11 +142,14 @@ def _factor(written: Tensor | None, tokens: Tensor) -> Tensor | None:
     """The factor of each channel between two tensors (1, T, D), by the gradient; see ``Trace``."""
     if written is None or written.shape != tokens.shape or not tokens.requires_grad:
         return None
-    (gradient,) = torch.autograd.grad(tokens.sum(), written, allow_unused=True)
+    # Random signs: where channels mix, as in a norm, the gradient depends on them beyond their own.
+    draw = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, tokens.shape, generator=draw).to(tokens) * 2 - 1
+    (gradient,) = torch.autograd.grad(tokens, written, signs, allow_unused=True)
     if gradient is None:
         return None
-    factor: Tensor = gradient[0, 0].detach()
-    return factor if bool((gradient == factor).all()) else None
+    factors = (gradient * signs).detach()
+    return factors[0, 0] if bool((factors == factors[:, :1]).all()) else None
 
 
 def _holds_tensor(value: Any) -> bool:
