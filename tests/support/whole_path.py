@@ -35,7 +35,13 @@ def preprocessing(family: Family) -> list[str]:
 
 
 def whole_path(
-    regraft: Regraft, family: Family, place: Path, pictures: int, layers: tuple[int, ...] = ()
+    regraft: Regraft,
+    family: Family,
+    place: Path,
+    pictures: int,
+    *,
+    layers: tuple[int, ...] = (),
+    half: bool = False,
 ) -> Path:
     """find, export, verify and extract; returns the bundle after checking each step.
 
@@ -45,6 +51,7 @@ def whole_path(
         place: an empty folder.
         pictures: how many to find on; at most eight are verified.
         layers: block outputs to export.
+        half: whether to export in fp16 too.
     """
     (place / "model").mkdir()
     images = write_pictures(place / "images", family, pictures)
@@ -59,11 +66,13 @@ def whole_path(
     assert found == set(units_of(family))
 
     own = [model, *more]
-    code, _, err = regraft(
-        *("export", *own, "--images", few, *preprocessing(family), "--neurons", neurons),
-        *("--out", bundle, "--layers", ",".join(map(str, layers or family.layers))),
-    )
+    export = ["export", *own, "--images", few, *preprocessing(family), "--neurons", neurons]
+    export += ["--layers", ",".join(map(str, layers or family.layers))]
+    code, _, err = regraft(*export, "--out", bundle)
     assert code == 0, err
+    if half:
+        code, _, err = regraft(*export, "--out", place / "half", "--precision", "fp16")
+        assert code == 0, err
     code, out, err = regraft("verify", bundle, "--images", few, "--model", *own, "--json")
     assert code == 0, err
     assert json.loads(out)["passed"]

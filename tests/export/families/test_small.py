@@ -23,6 +23,10 @@ from regraft_export.trace import trace
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+# In fp16, onnxruntime crashed on the first; the others hold their tables in fp16 and in fp32.
+HALF = ("open_clip", "timm_eva02", "timm_dinov3")
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_from_finding_to_features(
     name: str, regraft: Regraft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -35,7 +39,7 @@ def test_from_finding_to_features(
 
     monkeypatch.setattr("regraft_export.exporting.trace", kept)
     family = SMALL[name]
-    whole_path(regraft, family, tmp_path, pictures=24)
+    whole_path(regraft, family, tmp_path, pictures=24, half=name in HALF)
     every_token_keeps_its_position(made[0], family)
 
 

@@ -107,7 +107,8 @@ def test_an_unknown_entry() -> None:
         load(f"hub:{HUB}:dinov2_vitx14", overrides=ALL)
     assert re.fullmatch(
         rf"hub:{HUB}:dinov2_vitx14: dinov2_vitx14\(\) of {HUB} cannot be run \(RuntimeError: "
-        r"Cannot find callable dinov2_vitx14 in hubconf\); check the names and the connection",
+        r"Cannot find callable dinov2_vitx14 in hubconf\); check the names and the connection, or "
+        r"give --weights FILE",
         str(caught.value),
     )
 
@@ -142,7 +143,7 @@ def test_no_connection() -> None:
     assert re.fullmatch(
         r"hub:somebody/something:model: model\(\) of somebody/something cannot be run "
         r"\(RuntimeError: It looks like there is no internet connection .+\); check the names and "
-        r"the connection, or clone the repository and give its folder",
+        r"the connection, or clone the repository and give its folder, or give --weights FILE",
         str(caught.value),
     )
 

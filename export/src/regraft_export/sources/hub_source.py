@@ -103,10 +103,12 @@ def _run_entry(subject: str, repo: str, entry: str, trust_repo: bool, *, with_we
         ) from error
     # Foreign code, and a download: anything may be raised.
     except Exception as error:
+        cures = ["" if folder else "clone the repository and give its folder"]
+        cures.append("give --weights FILE" if with_weights else "")
         raise ModelError(
             f"{subject}: {entry}() of {repo} cannot be run ({type(error).__name__}: "
             f"{reason(error)}); check the names and the connection"
-            + ("" if folder else ", or clone the repository and give its folder")
+            + "".join(f", or {cure}" for cure in cures if cure)
         ) from error
 
 

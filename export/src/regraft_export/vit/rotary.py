@@ -63,8 +63,8 @@ def is_rotary(value: Any, patches: int) -> bool:
     if halves is None:
         return False
     cos, sin = (half.detach().float() for half in halves)
-    off_circle = (cos.square() + sin.square() - 1).abs()
-    return cos.shape[-2] == patches and bool((off_circle < 1e-2).all())
+    off_circle = (cos.square() + sin.square() - 1).abs()  # bfloat16 rounds it by up to 0.02
+    return cos.shape[-2] == patches and bool((off_circle < 3e-2).all())
 
 
 def tables_of(value: Any) -> list[Tensor]:
