@@ -137,6 +137,8 @@ class AttentionCalls(TorchFunctionMode):
 
     def _multi_head(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         query, key, value, width, heads, weight, bias, *rest = args
+        if weight is None:  # projections of their own for query and key: between two sequences
+            return func(*args, **kwargs)
         self._seen(_projected(query, key, width, heads, weight, bias, kwargs.get("attn_mask")))
         if self.keys is not None:
             key, value = key[: self.keys], value[: self.keys]

@@ -24,6 +24,10 @@ from regraft_export.vit.parts import VisionTransformer
 
 _LIMIT = 1e-3  # of the scores' norm; another position changes them by a tenth and more
 _DIRECTIONS = 8
+_REFUSED = (
+    "models that give positions inside attention are taken where they hand their blocks tables of "
+    "cosines and sines (rotary), and refused otherwise"
+)
 
 
 @dataclass
@@ -81,12 +85,6 @@ def check_positions(vit: VisionTransformer, image_size: tuple[int, int]) -> None
                 f"{_name(vit)}: block {layer} gives an appended register a position of its own; "
                 f"{_REFUSED}"
             )
-
-
-_REFUSED = (
-    "models that give positions inside attention are taken where they hand their blocks tables of "
-    "cosines and sines (rotary), and refused otherwise"
-)
 
 
 def _run(vit: VisionTransformer, pixels: Tensor, vectors: Tensor, registers: int) -> _Seen:
