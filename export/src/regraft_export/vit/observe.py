@@ -7,12 +7,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from regraft.errors import ModelError
-from regraft_export.vit.structure import VisionTransformer, first_tensor, pooled_of
+from regraft_export.vit.attention_calls import AttentionCalls, Scores
+from regraft_export.vit.parts import VisionTransformer, first_tensor, pooled_of
 
 
 @dataclass
@@ -67,7 +66,7 @@ def observe(
             ).remove
         )
         if attentions:
-            stack.enter_context(_Attention(vit, attentions, attention))
+            stack.enter_context(_attention(vit, attentions, attention))
         output = vit.module(pixels)
     if unseen := sorted(set(attentions) - set(attention)):
         raise ModelError(
@@ -95,59 +94,16 @@ def _keep(
     return hook
 
 
-_FUSED = torch.nn.functional.scaled_dot_product_attention
-_SOFTMAXES = (torch.nn.functional.softmax, torch.softmax, torch.Tensor.softmax)
+def _attention(
+    vit: VisionTransformer, layers: Collection[int], store: dict[int, Tensor]
+) -> AttentionCalls:
+    """Computes the attention of some blocks beside their own, which does not return it."""
+    layout = vit.layout
+    # Without a class token the patches together take its part.
+    queries = slice(0, 1) if layout.class_token else slice(layout.prefix, layout.count)
 
+    def keep(layer: int, scores: Scores) -> None:
+        if layer in layers:
+            store[layer] = scores.rows(queries).float().softmax(dim=-1).mean(dim=2)
 
-class _Attention(TorchFunctionMode):
-    """Takes attention from a block's softmax; recomputes it beside a fused call, which hides it."""
-
-    def __init__(
-        self, vit: VisionTransformer, layers: Collection[int], store: dict[int, Tensor]
-    ) -> None:
-        super().__init__()
-        self.vit, self.layers, self.store = vit, set(layers), store
-        layout = vit.layout
-        # Without a class token the patches together take its part.
-        self.queries = slice(0, 1) if layout.class_token else slice(layout.prefix, layout.count)
-        self.current: int | None = None
-        self.handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> _Attention:
-        for layer in self.layers:
-            block = self.vit.blocks[layer].module
-
-            def start(m: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
-                self.current = layer
-
-            def stop(m: nn.Module, args: Any, out: Any) -> None:
-                self.current = None
-
-            self.handles.append(block.register_forward_pre_hook(start, with_kwargs=True))
-            self.handles.append(block.register_forward_hook(stop))
-        super().__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        for handle in self.handles:
-            handle.remove()
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is _FUSED and self.current is not None:
-            query, key = args[0], args[1]
-            scale = kwargs.get("scale") or query.shape[-1] ** -0.5
-            scores = (query[:, :, self.queries] * scale) @ key.transpose(-2, -1)
-            self.store[self.current] = scores.float().softmax(dim=-1).mean(dim=2)
-        result = func(*args, **kwargs)
-        if func in _SOFTMAXES and self.current is not None and self._between_tokens(result):
-            self.store[self.current] = result[:, :, self.queries].float().mean(dim=2)
-        return result
-
-    def _between_tokens(self, weights: Tensor) -> bool:
-        """Whether these are (B, heads, tokens, tokens), registers or not."""
-        count = self.vit.layout.count
-        return weights.ndim == 4 and weights.shape[2] == weights.shape[3] >= count
+    return AttentionCalls(vit.blocks, keep)
