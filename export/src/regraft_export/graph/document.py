@@ -96,11 +96,12 @@ class Editor:
         inputs: Sequence[gs.Tensor],
         attrs: Mapping[str, object] | None = None,
         dtype: object = None,
+        domain: str | None = None,
     ) -> gs.Variable:
-        """Appends a node; returns its one output."""
+        """Appends a node, of a domain other than ONNX's if given; returns its one output."""
         name = self.names.new(stem)
         output = gs.Variable(self.names.new(f"{stem}.out"), dtype=dtype or inputs[0].dtype)
-        node = gs.Node(op, name, dict(attrs or {}), list(inputs), [output])
+        node = gs.Node(op, name, dict(attrs or {}), list(inputs), [output], domain=domain)
         self.graph.nodes.append(node)
         self.added.append(node)
         return output

@@ -22,13 +22,14 @@ from PIL import Image
 from regraft import __version__
 from regraft.bundle import Bundle
 from regraft.cli.options import add_engine, at_least, duration, integers
-from regraft.engines import Engine, EngineOptions, open_engine
+from regraft.engines import Engine, EngineOptions
 from regraft.errors import GateError
 from regraft.extractor import Extractor
 from regraft.features import Features
 from regraft.images import decode, list_images
 from regraft.preprocessing import Preprocessing
 from regraft.timing import Ratio, race
+from regraft.verification import Engines
 
 _TOLERANCE = 1e-5  # relative to the largest value; the same graph on the same pixels
 _SMOOTH = 12  # cells per side of the random pictures' colour fields
@@ -78,17 +79,9 @@ class Row:
 def run(args: argparse.Namespace) -> int:
     """Measures, and prints a table."""
     bundle = Bundle.open(args.bundle)
-    graphs = {"baseline": bundle.graph("baseline"), "patched": bundle.graph("model")}
     options = EngineOptions(threads=args.threads, precision=args.precision)
-    precision = bundle.manifest.precision
-    with (
-        open_engine(
-            graphs["baseline"], args.engine, precision=precision, options=options
-        ) as baseline,
-        open_engine(
-            graphs["patched"], args.engine, precision=precision, options=options
-        ) as patched,
-    ):
+    with Engines(bundle, args.engine, options) as engines:
+        baseline, patched = engines["baseline"], engines["model"]
         pictures = _pictures(bundle.manifest.preprocessing, args.images, max(args.batch_sizes))
         rows = [
             measure(bundle, baseline, patched, pictures[:batch], args.seconds, args.rounds)

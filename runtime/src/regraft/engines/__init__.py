@@ -7,6 +7,8 @@ needs a build ever built silently. A new engine is one module and one row in :da
 from __future__ import annotations
 
 import importlib
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from regraft import engine_cache
@@ -35,18 +37,18 @@ __all__ = [
     "open_engine",
 ]
 
+_log = logging.getLogger("regraft")
 AUTO = "auto"
 # Name -> module and class. Modules load on use: some import what is not installed everywhere.
 MODULES = {
     "ort-cpu": "regraft.engines.ort_cpu:OrtCpuEngine",
     "openvino": "regraft.engines.openvino:OpenVinoEngine",
+    "ort-cuda": "regraft.engines.ort_cuda.engine:OrtCudaEngine",
     "tensorrt": "regraft.engines.tensorrt.engine:TensorrtEngine",
 }
 # What `auto` tries, in this order, of those in MODULES. openvino has to be asked for.
 AUTO_ORDER = ("tensorrt", "ort-cuda", "ort-cpu")
-# Names that the command line knows and a later version builds.
-PLANNED = ("ort-cuda",)
-NAMES = (AUTO, *MODULES, *PLANNED)
+NAMES = (AUTO, *MODULES)
 
 
 def open_engine(
@@ -56,6 +58,7 @@ def open_engine(
     precision: str = "fp32",
     options: EngineOptions | None = None,
     built: Path | None = None,
+    variants: Mapping[str, Path] | None = None,
 ) -> Engine:
     """Opens a graph with an engine.
 
@@ -67,20 +70,25 @@ def open_engine(
         options: how the engine may use the machine.
         built: for an engine that needs a build, a folder that its ``build`` wrote a moment ago,
             which is opened unchecked; None takes the one of the cache that was built last.
+        variants: forms of the graph that an engine may prefer, see
+            :meth:`regraft.bundle.Bundle.variants`.
 
     Raises:
         InputError: there is no engine of that name.
         EngineError: it cannot run here, cannot run this precision, refuses the graph, or was not
             built on this machine.
     """
-    options = options or EngineOptions()
+    options, variants = options or EngineOptions(), variants or {}
     if engine == AUTO:
-        return _first_available(graph, precision, options)
+        return _first_available(graph, precision, options, variants)
     kind = engine_class(engine)
     precision = kind.arithmetic(precision, options.precision)
-    if kind.needs_build and built is None:
+    graph = kind.file_of(graph, variants)
+    if kind.is_built and built is None:
         built = _cached(kind, graph, precision)
-        if built is None:
+        if built is None and not kind.must_be_built(precision):
+            _warn_unverified(engine, graph)
+        elif built is None:
             asked = f" --precision {precision}" if options.precision else ""
             raise EngineError(
                 f"{engine}: {graph.name} was not built in {precision} on this machine, or for "
@@ -95,14 +103,11 @@ def engine_class(name: str) -> type[Engine]:
 
     Raises:
         InputError: there is no engine of that name.
-        EngineError: this version does not have it.
     """
     if name in MODULES:
         module, _, kind = MODULES[name].partition(":")
         loaded: type[Engine] = getattr(importlib.import_module(module), kind)
         return loaded
-    if name in PLANNED:
-        raise EngineError(f"{name}: is not in this version; use {' or '.join(MODULES)}")
     raise InputError(f"there is no engine {name!r}; expected one of {', '.join(NAMES)}")
 
 
@@ -112,7 +117,7 @@ def cache_key(
     """What a built engine depends on, here and now.
 
     Args:
-        kind: an engine with ``needs_build`` that is available.
+        kind: an engine with ``is_built`` that is available.
         graph: the ONNX file.
         precision: as ``kind.arithmetic`` says.
         options: every build option; None where they do not matter.
@@ -138,16 +143,30 @@ def _cached(kind: type[Engine], graph: Path, precision: str) -> Path | None:
     return None if entry is None else entry.folder
 
 
-def _first_available(graph: Path, precision: str, options: EngineOptions) -> Engine:
+def _warn_unverified(engine: str, graph: Path) -> None:
+    _log.warning(
+        "%s: %s was not verified on this machine; regraft build %s --engine %s --images DIR",
+        engine,
+        graph.name,
+        graph.parent,
+        engine,
+    )
+
+
+def _first_available(
+    graph: Path, precision: str, options: EngineOptions, variants: Mapping[str, Path]
+) -> Engine:
     reasons = []
     for kind in (engine_class(name) for name in AUTO_ORDER if name in MODULES):
-        reason = kind.unavailable(precision)
-        if reason is None and kind.needs_build:
-            built = _cached(kind, graph, precision)
-            reason = None if built else "is not built; `regraft build` does it"
-        else:
-            built = None
+        reason, built = kind.unavailable(precision), None
+        file = kind.file_of(graph, variants)
+        if reason is None and kind.is_built:
+            built = _cached(kind, file, precision)
+            if built is None and kind.must_be_built(precision):
+                reason = "is not built; `regraft build` does it"
+            elif built is None:
+                _warn_unverified(kind.name, file)
         if reason is None:
-            return kind(graph, kind.arithmetic(precision, options.precision), options, built)
+            return kind(file, kind.arithmetic(precision, options.precision), options, built)
         reasons.append(f"{kind.name}: {reason}")
     raise EngineError(f"no engine can run here: {'; '.join(reasons)}")

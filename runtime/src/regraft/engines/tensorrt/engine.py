@@ -45,7 +45,7 @@ class TensorrtEngine(Engine):
     """Runs a plan with ``tensorrt`` and ``cuda-bindings``, without PyTorch."""
 
     name = "tensorrt"
-    needs_build = True
+    is_built = True
     build_options = (
         BuildOption("min-batch", BuilderOptions.min_batch, "smallest batch", least=1),
         BuildOption("opt-batch", BuilderOptions.opt_batch, "the batch it is tuned for", least=1),
