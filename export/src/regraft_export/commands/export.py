@@ -195,7 +195,7 @@ def _summary(out: str, manifest: Manifest, verification: Verification) -> Iterat
     )
     yield from lines(verification)
     if manifest.cuda_missing:
-        yield f"ort-cuda: no graph of its own, it will run the portable one: {manifest.cuda_missing}"
+        yield f"ort-cuda: no graph of its own, runs the portable one: {manifest.cuda_missing}"
     elif manifest.precision != "fp32":
         yield (
             "ort-cuda: its graphs were verified in fp32; a CPU has no "

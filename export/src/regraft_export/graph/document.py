@@ -107,6 +107,15 @@ class Editor:
         return output
 
 
+def dtype_of(value: gs.Tensor) -> np.dtype[np.generic]:
+    """The numpy type of a tensor; graphsurgeon gives bf16 variables ONNX's number for it."""
+    known = value.dtype
+    if isinstance(known, int):
+        known = onnx.helper.tensor_dtype_to_np_dtype(known)
+    dtype: np.dtype[np.generic] = np.dtype(known)
+    return dtype
+
+
 def tensor(graph: gs.Graph, name: str) -> gs.Variable:
     """The variable of that name.
 

@@ -20,7 +20,9 @@ from regraft_export.graph.patch import Patch, Traced, Wanted, build
 
 Trace = Callable[..., Traced]
 LIMIT = 1e-5
-FORMS = [Choices(write=write, maximum=top) for write in ("row", "wide") for top in ("topk", "reduce")]
+FORMS = [
+    Choices(write=write, maximum=top) for write in ("row", "wide") for top in ("topk", "reduce")
+]
 OPTIONS = [
     RedirectOptions(),
     RedirectOptions("constant"),
@@ -64,7 +66,8 @@ def test_baseline_and_patched_equal_the_portable_graphs(traced: Trace, family: s
     assert (a.attentions, a.norms, a.gelus) == (b.attentions, b.norms, b.gelus)
     assert b.attentions == b.key_biases == b.value_biases == depth
     assert b.norms >= 2 * depth
-    assert b.patches and b.tokens
+    assert b.patches
+    assert b.tokens
     assert (a.redirects, b.redirects) == (0, 2)
     scaled = models.FAMILIES[family].scaled
     assert b.layer_scales == (2 * depth if scaled else 0)
@@ -110,7 +113,8 @@ def test_half_precision_fuses_the_same(traced: Trace, precision: str) -> None:
     assert fused.fusions.layer_scales == 6
     kinds = onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.BFLOAT16
     weights = [t for t in fused.proto.graph.initializer if len(t.dims) == 2]
-    assert weights and {t.data_type for t in weights} == {kinds}
+    assert weights
+    assert {t.data_type for t in weights} == {kinds}
     if precision == "bf16":  # no bf16 kernel on CUDA
         casts = {out for n in fused.proto.graph.node if n.op_type == "Cast" for out in n.output}
         for node in fused.proto.graph.node:
@@ -132,4 +136,5 @@ def test_an_unknown_attention_is_named(traced: Trace) -> None:
     fused = fuse(prepare(other), None, Wanted())
     reason = why_not_fused(fused, 3)
     assert "2 of 3 attentions" in reason
-    assert softmax.name in reason and "Add, not from one MatMul" in reason
+    assert softmax.name in reason
+    assert "Add, not from one MatMul" in reason

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from regraft_export.graph.document import Editor
+from regraft_export.graph.document import Editor, dtype_of
 
 WITHOUT = ("Pad", "ReduceMax", "ReduceMin", "ReduceL2")
 
@@ -34,4 +34,4 @@ def float32_for_missing_kernels(graph: gs.Graph) -> int:
 
 
 def _bf16(value: gs.Tensor) -> bool:
-    return value.dtype is not None and "bfloat16" in str(value.dtype)
+    return value.dtype is not None and dtype_of(value).name == "bfloat16"

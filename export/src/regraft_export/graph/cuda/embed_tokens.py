@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from regraft_export.graph.cuda.drop_key_bias import biased_product
 from regraft_export.graph.cuda.layout import BATCH, compute, scalar_factor
-from regraft_export.graph.document import Editor, ancestors, replace_uses
+from regraft_export.graph.document import Editor, ancestors, dtype_of, replace_uses
 
 _JOINS = (
     *("Concat", "Expand", "Add", "Pad", "Shape", "Reshape", "Slice", "Cast"),
@@ -45,7 +45,7 @@ def embed_tokens(
     if affine is None:
         return False
     start, constant = affine
-    dtype = np.dtype(patches.dtype)
+    dtype = dtype_of(patches)
     before, after = start, len(constant) - start - grid[0]
     editor, stem = Editor(graph), "regraft.cuda.tokens"
     pads = editor.constant(f"{stem}.pads", np.array([0, before, 0, 0, after, 0], dtype=np.int64))

@@ -23,7 +23,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from regraft_export.graph.cuda.attention_form import Attention, Projection, attention_at
-from regraft_export.graph.document import Editor, consumers, replace_uses
+from regraft_export.graph.document import Editor, consumers, dtype_of, replace_uses
 
 DOMAIN = "com.microsoft"
 OP = "MultiHeadAttention"
@@ -93,7 +93,7 @@ def _probabilities(
     cols = editor.node("Reshape", f"{stem}.cols", [key, shape])
     q = editor.node("Transpose", f"{stem}.rows.heads", [rows], {"perm": [0, 2, 1, 3]})
     k = editor.node("Transpose", f"{stem}.cols.heads", [cols], {"perm": [0, 2, 3, 1]})
-    scale = np.array(attention.scale, dtype=np.dtype(query.dtype))
+    scale = np.array(attention.scale, dtype=dtype_of(query))
     # Queries are scaled, not scores: in fp16 an unscaled score may overflow.
     small = editor.node("Mul", f"{stem}.scaled", [q, editor.constant(f"{stem}.scale", scale)])
     scores = editor.node("MatMul", f"{stem}.scores", [small, k])

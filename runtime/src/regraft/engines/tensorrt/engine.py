@@ -27,8 +27,8 @@ from regraft.engines.base import (
     EngineOptions,
     Shape,
 )
+from regraft.engines.cuda_runtime import Cuda
 from regraft.engines.tensorrt.builder import BuilderOptions, build
-from regraft.engines.tensorrt.cuda import Cuda
 from regraft.engines.tensorrt.inspect import look_at_engine
 from regraft.engines.tensorrt.listeners import failure, logger
 from regraft.engines.tensorrt.runner import Runner
