@@ -14,7 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from regraft_export.graph.cuda.register_write import RegisterWrite, register_writes
-from regraft_export.graph.document import Editor, dtype_of
+from regraft_export.graph.document import Editor
 
 
 def place_register_row(graph: gs.Graph, tokens: int) -> int:
@@ -39,7 +39,7 @@ def _place(editor: Editor, write: RegisterWrite, tokens: int) -> None:
     stem = f"{write.add.name}.where"
     row = write.row
     if write.scales[0] != 1:
-        scale = np.array(write.scales[0], dtype=dtype_of(row))
+        scale = np.array(write.scales[0], dtype=write.dtype)
         row = editor.node("Mul", f"{stem}.scale", [row, editor.constant(f"{stem}.by", scale)])
     bounds = [
         editor.constant(f"{stem}.{name}", np.array([n], dtype=np.int64))

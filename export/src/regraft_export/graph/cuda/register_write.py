@@ -24,6 +24,7 @@ class RegisterWrite:
         row: (B, 1, D), what is added.
         first: position of the first register.
         scales: (R,), factor of each register.
+        dtype: of all these.
     """
 
     add: gs.Node
@@ -31,6 +32,7 @@ class RegisterWrite:
     row: gs.Variable
     first: int
     scales: NDArray[np.float64]
+    dtype: np.dtype[np.generic]
 
 
 def register_writes(graph: gs.Graph) -> Iterator[RegisterWrite]:
@@ -45,7 +47,7 @@ def register_writes(graph: gs.Graph) -> Iterator[RegisterWrite]:
             row = next((t for t in maker.inputs if isinstance(t, gs.Variable)), None)
             if column is None or row is None or (found := on_last_tokens(column)) is None:
                 continue
-            yield RegisterWrite(add, alone, row, *found)
+            yield RegisterWrite(add, alone, row, *found, dtype=column.values.dtype)
             break
 
 

@@ -32,7 +32,7 @@ from regraft_export.graph.cuda.register_write import (
     constant_writes,
     register_writes,
 )
-from regraft_export.graph.document import Editor, consumers, dtype_of
+from regraft_export.graph.document import Editor, consumers
 
 MULTIPLE = 8  # of widths that tensor cores like; k is filled up to it
 
@@ -70,7 +70,7 @@ def _widen_measured(graph: gs.Graph, write: RegisterWrite) -> bool:
     editor, stem = Editor(graph), f"{lone.name}.wide"
     value, rows = maker.inputs[0], maker.inputs[1].values
     if len(write.scales) > 1 or write.scales[0] != 1:
-        scales = write.scales[None, :, None].astype(dtype_of(value))
+        scales = write.scales[None, :, None].astype(write.dtype)
         value = editor.node("Mul", f"{stem}.scales", [value, editor.constant(f"{stem}.by", scales)])
     registers, (k, _) = len(write.scales), rows.shape
     m = _grow(editor, stem, mlp, rows)
