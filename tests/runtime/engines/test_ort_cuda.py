@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -192,3 +193,41 @@ def test_too_little_memory_leaves_nothing_behind(ort: Fake, graph: Path) -> None
         assert ort.cudart.live == before
         engine.run(pixels(1))
     assert ort.cudart.live == 0
+
+
+def test_build_verifies_warms_and_remembers(
+    ort: Fake, graph: Path, photos: list[Path], regraft: Callable[..., tuple[int, str, str]]
+) -> None:
+    words = ("build", graph.parent, "--engine", "ort-cuda", "--images", *photos)
+    code, out, err = regraft(*words)
+    assert code == 0
+    assert "model.onnx was exported without a graph for CUDA" in err
+    assert "parity of ort-cuda (fp32)" in out
+    assert "passed" in out
+    code, out, _ = regraft(*words)
+    assert "ort-cuda (fp32): built before" in out
+    ort.__version__ = "1.31.2"  # another version has to prove itself again
+    code, out, _ = regraft(*words)
+    assert (code, "ort-cuda (fp32): built\n" in out) == (0, True)
+
+
+def test_a_missed_limit_is_not_remembered(
+    ort: Fake,
+    graph: Path,
+    photos: list[Path],
+    regraft: Callable[..., tuple[int, str, str]],
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real_floats = ort.cudart.floats
+    # The card adds to every pixel that it reads.
+    monkeypatch.setattr(ort.cudart, "floats", lambda a, s: _off(real_floats(a, s), s))
+    words = ("build", graph.parent, "--engine", "ort-cuda", "--images", *photos)
+    code, _, err = regraft(*words)
+    assert code == 1
+    assert "ort-cuda is not equal to the graph that export verified" in err
+    assert not list(cache.rglob("key.json"))
+
+
+def _off(array: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    return array + 1 if len(shape) == 4 and shape[1:] == (3, 16, 16) else array
