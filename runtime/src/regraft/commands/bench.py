@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from regraft import __version__
+from regraft.bench_plot import Pair, svg
 from regraft.bundle import Bundle
-from regraft.cli.options import add_engine, at_least, duration, integers
+from regraft.cli.options import add_engine, add_force, at_least, duration, integers
 from regraft.engines import Engine, EngineOptions
-from regraft.errors import GateError
+from regraft.errors import GateError, InputError
 from regraft.extractor import Extractor
 from regraft.features import Features
+from regraft.files import check_output, whole_file
 from regraft.images import decode, list_images
 from regraft.preprocessing import Preprocessing
 from regraft.timing import Ratio, race
@@ -58,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=at_least(2), default=10, metavar="N", help="at least so many (default: 10)"
     )
     add_engine(parser)
+    parser.add_argument("--plot", metavar="FILE.svg", help="draw the figures, too")
+    add_force(parser)
     parser.add_argument("--json", action="store_true", help="print the figures for machines")
 
 
@@ -78,6 +82,10 @@ class Row:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, and prints a table."""
+    if args.plot is not None:
+        if Path(args.plot).suffix != ".svg":
+            raise InputError(f"{args.plot}: ends in {Path(args.plot).suffix!r}; expected .svg")
+        check_output(args.plot, args.force)
     bundle = Bundle.open(args.bundle)
     options = EngineOptions(threads=args.threads, precision=args.precision)
     with Engines(bundle, args.engine, options) as engines:
@@ -88,11 +96,29 @@ def run(args: argparse.Namespace) -> int:
             for batch in args.batch_sizes
         ]
         about = _about(bundle, patched, args)
+    if args.plot is not None:
+        _plot(args, about, rows)
     if args.json:
         print(json.dumps({**about, "batches": [asdict(row) for row in rows]}, indent=2))
     else:
         print("\n".join(_table(about, rows)))
     return 0
+
+
+def _plot(args: argparse.Namespace, about: dict[str, Any], rows: Sequence[Row]) -> None:
+    details = ", ".join(f"{name} {value}" for name, value in about["engine_details"].items())
+    pairs = [
+        Pair(
+            row.batch,
+            row.baseline_ms,
+            row.patched_ms,
+            (row.ratio.median, row.ratio.low, row.ratio.high),
+        )
+        for row in rows
+    ]
+    title = f"{about['model']}, {about['precision']}, {about['engine']}"
+    with whole_file(args.plot, args.force) as file:
+        file.write_text(svg(title, f"{details}; {about['processor']}", pairs), encoding="utf-8")
 
 
 def measure(
