@@ -111,6 +111,10 @@ def test_half_precision_fuses_the_same(traced: Trace, precision: str) -> None:
     fused = fuse(prepare(trace), patch, Wanted())
     assert fused.fusions.attentions == fused.fusions.value_biases == 3
     assert fused.fusions.layer_scales == 6
+    assert fused.fusions.patches
+    assert fused.fusions.tokens
+    assert fused.fusions.norms == 7
+    assert fused.fusions.shape_nodes == 0
     kinds = onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.BFLOAT16
     weights = [t for t in fused.proto.graph.initializer if len(t.dims) == 2]
     assert weights

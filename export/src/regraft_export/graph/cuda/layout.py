@@ -120,7 +120,7 @@ def compute(
     for tensor in inputs:
         empty: NDArray[np.generic] = np.zeros((BATCH, *tensor.shape[1:]), np.float32)
         feeds.setdefault(str(tensor.name), empty)
-    neutral = {node.name for node in nodes if scalar_factor(node) is not None}
+    neutral = {n.name for n in nodes if scalar_factor(n) is not None or _to_float(n)}
     model = _model(graph, nodes, list(feeds), end, neutral)
     try:
         outputs: Any = ReferenceEvaluator(model).run([str(end.name)], feeds)
@@ -155,7 +155,17 @@ def _model(
     ports = [
         [onnx.helper.make_tensor_value_info(n, 7, None) for n in x] for x in (inputs, [end.name])
     ]
-    values = [onnx.numpy_helper.from_array(c.values, c.name) for c in constants.values()]
+    values = [onnx.numpy_helper.from_array(_wide(c.values), n) for n, c in constants.items()]
     body = onnx.helper.make_graph(protos, "chain", ports[0], ports[1], values)
     opset = onnx.helper.make_opsetid("", graph.opset)
     return onnx.helper.make_model(body, opset_imports=[opset])
+
+
+def _wide(values: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Floats of any width as float32: the evaluator mixes no types."""
+    return values if np.dtype(values.dtype).kind in "iub" else values.astype(np.float32)
+
+
+def _to_float(node: gs.Node) -> bool:
+    kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+    return node.op == "Cast" and node.attrs.get("to") in kinds
