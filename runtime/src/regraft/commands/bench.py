@@ -24,6 +24,7 @@ from regraft.bench_plot import Pair, svg
 from regraft.bundle import Bundle
 from regraft.cli.options import add_engine, add_force, at_least, duration, integers
 from regraft.engines import Engine, EngineOptions
+from regraft.engines.cores import processor
 from regraft.errors import GateError, InputError
 from regraft.extractor import Extractor
 from regraft.features import Features
@@ -234,18 +235,8 @@ def _about(bundle: Bundle, engine: Engine, args: argparse.Namespace) -> dict[str
         "image_size": list(bundle.manifest.image_size),
         "images": "random" if args.images is None else list(args.images),
         "versions": {"regraft": __version__, "python": platform.python_version()},
-        "processor": _processor(),
+        "processor": processor(),
     }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _table(about: dict[str, Any], rows: Sequence[Row]) -> Iterator[str]:
