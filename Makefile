@@ -17,10 +17,17 @@ test: $(VENV)/.installed
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu"
 
-# TensorRT itself comes from NVIDIA and is wanted on a card alone.
-test-gpu: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable './runtime[cpu,tensorrt]'
-	$(BIN)/python -m pytest -m gpu
+# TensorRT itself comes from NVIDIA and is wanted on a card alone. onnxruntime-gpu replaces
+# onnxruntime in an environment of its own; it has the CPU provider too.
+test-gpu: $(VENV)-gpu/.installed
+	$(VENV)-gpu/bin/python -m pytest -m gpu
+
+$(VENV)-gpu/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV)-gpu
+	$(VENV)-gpu/bin/python -m pip install --quiet --constraint constraints.txt --requirement requirements-dev.txt
+	$(VENV)-gpu/bin/python -m pip uninstall --quiet --yes onnxruntime
+	$(VENV)-gpu/bin/python -m pip install --quiet --editable './runtime[cuda,tensorrt]' 'onnxruntime-gpu[cuda,cudnn]'
+	touch $@
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -40,4 +47,4 @@ $(VENV)/.installed: constraints.txt requirements-dev.txt runtime/pyproject.toml 
 	touch $@
 
 clean:
-	rm -rf $(VENV) .rig demo-output
+	rm -rf $(VENV) $(VENV)-gpu .rig demo-output

@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from regraft.engines.cores import processor
+
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "timm", "transformers", "onnx", "onnxruntime", "numpy", "pillow")
 
@@ -20,7 +22,7 @@ def circumstances(module: str) -> dict[str, Any]:
     """Command, processor, cores, versions."""
     return {
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "versions": {name: v for name in _PACKAGES if (v := _version(name))},
@@ -43,10 +45,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -17,7 +17,7 @@ from tests.support import bundles, pictures
 from regraft.building import build, plan
 from regraft.bundle import Bundle
 from regraft.engines import Engine, EngineOptions, open_engine
-from regraft.engines.tensorrt.cuda import Cuda
+from regraft.engines.cuda_runtime import Cuda
 from regraft.parity import LIMITS, Meter
 from regraft.verification import UnoptimisedGraph
 from regraft_export.exporting import ExportOptions

@@ -20,8 +20,10 @@ from regraft_export.exporting import ExportOptions
 from regraft_export.reference import PyTorchReference
 
 FILES = {
+    "baseline.cuda.onnx",
     "baseline.onnx",
     "manifest.json",
+    "model.cuda.onnx",
     "model.onnx",
     "neurons.json",
     "probe-baseline.onnx",
@@ -48,7 +50,11 @@ def test_a_bundle_holds_what_its_manifest_says(exported: Path) -> None:
         "baseline": "baseline.onnx",
         "probe": "probe.onnx",
         "probe_baseline": "probe-baseline.onnx",
+        "model_cuda": "model.cuda.onnx",
+        "baseline_cuda": "baseline.cuda.onnx",
     }
+    assert manifest.cuda is not None
+    assert (manifest.cuda.attentions, manifest.cuda.redirects) == (4, 2)
     assert manifest.model == {
         "source": bundles.PLANTED,
         "architecture": "HandmadeVit",
@@ -86,7 +92,13 @@ def test_what_verify_json_says(exported: Path) -> None:
     probes += ["last_hidden_state", "pooler_output"]
     assert compared == {
         ("model", "test_time_registers"),
-        *((graph, name) for graph in ("model", "baseline") for name in features),
+        ("model_cuda", "test_time_registers"),
+        *(
+            (f"{graph}{form}", name)
+            for graph in ("model", "baseline")
+            for form in ("", "_cuda")
+            for name in features
+        ),
         *((graph, name) for graph in ("probe", "probe_baseline") for name in probes),
     }
     assert all(row["relative_error"] < 1e-5 and row["images"] == 6 for row in said["parity"])
@@ -167,7 +179,7 @@ def test_the_written_graphs_equal_pytorch(exported: Path, optimize: bool) -> Non
         )
         outputs = [o.name for o in session.get_outputs()]
         found = session.run(outputs, {"pixel_values": pixels})
-        right = reference.run(graph, pixels, outputs)
+        right = reference.run(graph.removesuffix("_cuda"), pixels, outputs)
         for name, value in zip(outputs, found, strict=True):
             assert traces.error(value, right[name]) < 1e-5, (graph, name)
 
@@ -186,15 +198,16 @@ def test_without_a_baseline_there_are_no_probes_and_no_effect(tmp_path: Path) ->
     done = bundles.export(tmp_path / "bundle", ExportOptions(baseline=False))
     assert names(tmp_path / "bundle") == {
         "manifest.json",
+        "model.cuda.onnx",
         "model.onnx",
         "neurons.json",
         "verify.json",
         "weights.data",
     }
-    assert list(done.manifest.graphs) == ["model"]
+    assert list(done.manifest.graphs) == ["model", "model_cuda"]
     assert done.verification.effect is None
     assert done.verification.passed
-    assert {c.graph for c in done.verification.parity} == {"model"}
+    assert {c.graph for c in done.verification.parity} == {"model", "model_cuda"}
 
 
 REDIRECTS = [

@@ -15,10 +15,11 @@ from regraft import __version__
 from regraft.bundle import NEURONS, VERIFY, Bundle, record
 from regraft.errors import InputError
 from regraft.files import scratch_folder, whole_folder
-from regraft.manifest import NAME, FileRecord, Manifest
+from regraft.manifest import CUDA_GRAPHS, NAME, FileRecord, Manifest
 from regraft.neurons import Neurons
 from regraft.redirect import RedirectOptions
 from regraft.verification import Verification, verify
+from regraft_export.graph.cuda.fuse import Fused, fuse, prepare, why_not_fused
 from regraft_export.graph.patch import Built, Patch, Wanted, build
 from regraft_export.outlier_level import OutlierLevel
 from regraft_export.reference import PyTorchReference
@@ -33,6 +34,8 @@ FILES = {
     "baseline": "baseline.onnx",
     "probe": "probe.onnx",
     "probe_baseline": "probe-baseline.onnx",
+    "model_cuda": "model.cuda.onnx",
+    "baseline_cuda": "baseline.cuda.onnx",
 }
 
 
@@ -110,22 +113,36 @@ def export_bundle(
     options.check_against(vit)
     reference = PyTorchReference(vit, neurons, options.redirect)
 
-    def check(bundle: Bundle) -> Verification:
-        found = verify(bundle, batches(), reference, compare_probes=True, on_batch=on_batch)
+    def check(bundle: Bundle, *graphs: str) -> Verification:
+        found = verify(
+            bundle,
+            batches(),
+            reference,
+            compare_probes="model" in graphs,
+            graphs=graphs,
+            on_batch=on_batch if "model" in graphs else None,
+        )
         found.gate()
         return found
 
+    portable, cuda = tuple(CUDA_GRAPHS), tuple(CUDA_GRAPHS.values())
     with whole_folder(out, marker=NAME, force=force) as folder:
         manifest, added = _write(loaded, vit, neurons, level, folder, options)
-        if options.precision == "bf16":
-            # No CPU kernel runs bf16: the same rewrite is verified in float32.
+        if options.precision == "fp32":
+            verification = check(Bundle(folder, manifest), *portable, *cuda)
+        else:
+            # No CPU kernel runs bf16, or the fused operators in fp16: the same rewrites are
+            # verified in float32.
             with scratch_folder(folder) as twin:
                 exact = replace(options, precision="fp32")
                 fp32, _ = _write(loaded, vit, neurons, level, twin, exact)
-                verification = check(Bundle(twin, fp32))
-            manifest = replace(manifest, verified=False)
-        else:
-            verification = check(Bundle(folder, manifest))
+                if options.precision == "bf16":
+                    verification = check(Bundle(twin, fp32), *portable, *cuda)
+                    manifest = replace(manifest, verified=False)
+                else:
+                    verification = check(Bundle(folder, manifest), *portable)
+                    if fp32.cuda is not None:
+                        check(Bundle(twin, fp32), *cuda)
         (folder / VERIFY).write_text(_json(verification.to_json()), encoding="utf-8")
         files = {**manifest.files, VERIFY: record(folder / VERIFY)}
         manifest = replace(manifest, files=files)
@@ -152,15 +169,26 @@ def _write(
         plan |= {"baseline": (None, outputs), "probe": (patch, probe)}
         plan |= {"probe_baseline": (None, probe)}
     model: Built | None = None
+    fused: dict[str, Fused] = {}
     with WeightsFile(folder, WEIGHTS) as weights:
         for name, (what, wanted) in plan.items():
             built = build(traced, what, wanted)
             weights.save(built.proto, FILES[name])
             model = model or built
+        prepared = prepare(traced)
+        for name, cuda in CUDA_GRAPHS.items():
+            if name in plan:
+                fused[cuda] = fuse(prepared, *plan[name])
+        missing = why_not_fused(fused["model_cuda"], vit.layout.depth)
+        if missing:
+            fused.clear()  # no silent half-fusion
+        for name, graph in fused.items():
+            weights.save(graph.proto, FILES[name])
     assert model is not None  # it comes first
     assert model.sites is not None  # and is patched
     (folder / NEURONS).write_text(_json(neurons.to_json()), encoding="utf-8")
-    names = [FILES[name] for name in plan] + [WEIGHTS, NEURONS]
+    graphs = {name: FILES[name] for name in (*plan, *fused)}
+    names = [*graphs.values(), WEIGHTS, NEURONS]
     files: dict[str, FileRecord] = {name: record(folder / name) for name in names}
     manifest = Manifest(
         model={
@@ -178,9 +206,11 @@ def _write(
         precision=options.precision,
         opset=traced.opset,
         sites=model.sites,
-        graphs={name: FILES[name] for name in plan},
+        graphs=graphs,
         files=files,
         versions=versions(),
+        cuda=fused["model_cuda"].fusions if fused else None,
+        cuda_missing=missing,
     )
     return manifest, model.nodes_added
 

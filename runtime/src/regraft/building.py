@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,13 +41,15 @@ class Plan:
         kind: the engine.
         precision: of its arithmetic.
         options: every build option of the engine.
-        keys: graph name -> cache key; empty for an engine that needs no build.
+        keys: graph name -> cache key; empty for an engine that is not built.
+        graphs: graph name -> the file of it that the engine takes.
     """
 
     kind: type[Engine]
     precision: str
     options: BuildOptions
     keys: Mapping[str, CacheKey] = field(default_factory=dict)
+    graphs: Mapping[str, Path] = field(default_factory=dict)
 
 
 def plan(
@@ -70,18 +73,19 @@ def plan(
         raise EngineError(f"{engine}: {reason}")
     options = resolve_options(engine, kind.build_options, given)
     kind.check_build(resolved, options)
-    graphs = [g for g in GRAPHS if g in bundle.manifest.graphs] if kind.needs_build else []
-    keys = {graph: cache_key(kind, bundle.graph(graph), resolved, options) for graph in graphs}
-    return Plan(kind, resolved, options, keys)
+    names = [g for g in GRAPHS if g in bundle.manifest.graphs] if kind.is_built else []
+    graphs = {name: kind.file_of(bundle.graph(name), bundle.variants(name)) for name in names}
+    keys = {name: cache_key(kind, graph, resolved, options) for name, graph in graphs.items()}
+    return Plan(kind, resolved, options, keys, graphs)
 
 
-def is_current(bundle: Bundle, planned: Plan) -> bool:
+def is_current(planned: Plan) -> bool:
     """Whether every graph was built like this, and nothing else was built of it since.
 
     Raises:
         EngineError: an entry is damaged or of unknown origin.
     """
-    entries = {name: latest(key, bundle.graph(name)) for name, key in planned.keys.items()}
+    entries = {name: latest(key, planned.graphs[name]) for name, key in planned.keys.items()}
     return all(
         entry is not None and entry.folder == planned.keys[name].folder
         for name, entry in entries.items()
@@ -123,7 +127,7 @@ def build(
     with ExitStack() as stack:
         drafts: dict[str, Draft] = {}
         for name, key in planned.keys.items():
-            graph = bundle.graph(name)
+            graph = planned.graphs[name]
             draft = drafts[name] = stack.enter_context(new_entry(key, graph))
             reports[name] = planned.kind.build(
                 graph, planned.precision, planned.options, draft.folder, progress
@@ -144,7 +148,7 @@ def build(
         found.gate()
         for name, draft in drafts.items():
             draft.report = {"build": reports[name], "verification": found.to_json()}
-    is_current(bundle, planned)  # a damaged neighbour would stop whoever opens it next
+    is_current(planned)  # a damaged neighbour would stop whoever opens it next
     return found, reports
 
 

@@ -72,6 +72,9 @@ class Bundle:
         """
         if name in self.manifest.graphs:
             return self.path / self.manifest.graphs[name]
+        if name in manifest_module.CUDA_GRAPHS.values():
+            reason = self.manifest.cuda_missing or "it was exported before there were any"
+            raise BundleError(f"{self.path}: holds no graph {name!r}: {reason}")
         if name in manifest_module.GRAPHS:
             raise BundleError(
                 f"{self.path}: holds no graph {name!r}, because it was exported with "
@@ -81,6 +84,11 @@ class Bundle:
             f"{self.path}: there is no graph {name!r}; "
             f"expected one of {', '.join(manifest_module.GRAPHS)}"
         )
+
+    def variants(self, name: str) -> dict[str, Path]:
+        """The forms of a graph that engines may prefer to it: ``cuda``, where the bundle has it."""
+        cuda = manifest_module.CUDA_GRAPHS.get(name)
+        return {"cuda": self.graph(cuda)} if cuda and cuda in self.manifest.graphs else {}
 
     def neurons(self) -> Neurons:
         """The register neurons that the graphs redirect.

@@ -109,6 +109,7 @@ class Extractor:
                 engine,
                 precision=bundle.manifest.precision,
                 options=EngineOptions(threads=threads, precision=precision),
+                variants=bundle.variants("model"),
             )
         try:
             return cls(

@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,7 +22,9 @@ from regraft.tokens import TokenLayout, integer
 
 SCHEMA = 1
 NAME = "manifest.json"
-GRAPHS = ("model", "baseline", "probe", "probe_baseline")
+# The graphs of `ort-cuda`: the same function as the one each is named after, in other operators.
+CUDA_GRAPHS = {"model": "model_cuda", "baseline": "baseline_cuda"}
+GRAPHS = ("model", "baseline", "probe", "probe_baseline", *CUDA_GRAPHS.values())
 INPUT = "pixel_values"
 SECTIONS = (
     *("model", "preprocessing", "tokens", "redirect", "outliers", "outputs", "sites"),
@@ -57,6 +59,35 @@ class Sites:
 
 
 @dataclass(frozen=True)
+class CudaFusions:
+    """What the graph of ``ort-cuda`` has fused, counted.
+
+    Attributes:
+        attentions: MultiHeadAttention nodes; one for each block.
+        norms: residual sums and norms in one.
+        gelus: biases and GELUs in one.
+        key_biases: dropped.
+        value_biases: moved behind the output projection.
+        layer_scales: folded into weights.
+        patches: whether the patch embedding is one matrix product.
+        tokens: whether the token entry is one Pad and one constant.
+        redirects: touched layers whose register row does without a Mul over all tokens.
+        shape_nodes: Shape nodes left, which ONNX Runtime runs on the CPU.
+    """
+
+    attentions: int = 0
+    norms: int = 0
+    gelus: int = 0
+    key_biases: int = 0
+    value_biases: int = 0
+    layer_scales: int = 0
+    patches: bool = False
+    tokens: bool = False
+    redirects: int = 0
+    shape_nodes: int = 0
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of ``manifest.json``.
 
@@ -77,6 +108,9 @@ class Manifest:
         files: file name -> record, every file but the manifest.
         versions: package -> version that wrote the bundle.
         verified: whether export verified this very precision (bf16 cannot be, on a CPU).
+        cuda: what the patched graph of ``ort-cuda`` has fused; None where there is no such graph.
+        cuda_missing: why there is none, in one line; empty if there is one, or if the bundle was
+            written before there were any.
     """
 
     model: Mapping[str, str]
@@ -94,6 +128,8 @@ class Manifest:
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     verified: bool = True
+    cuda: CudaFusions | None = None
+    cuda_missing: str = ""
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -118,8 +154,14 @@ class Manifest:
             "files": {name: asdict(record) for name, record in sorted(self.files.items())},
             "versions": dict(self.versions),
             "verified": self.verified,
+            **self._cuda_json(),
         }
         return {**content, "sha256": digest(content)}
+
+    def _cuda_json(self) -> dict[str, Any]:
+        if self.cuda is not None:
+            return {"cuda": asdict(self.cuda)}
+        return {"cuda": {"missing": self.cuda_missing}} if self.cuda_missing else {}
 
     def text(self) -> str:
         """The file as it is written."""
@@ -179,6 +221,8 @@ class Manifest:
             },
             versions={str(k): str(v) for k, v in data["versions"].items()},
             verified=_truth("verified", data["verified"]),
+            cuda=_fusions(data.get("cuda")),
+            cuda_missing=str((data.get("cuda") or {}).get("missing", "")),
         )
 
     def _check(self) -> None:
@@ -281,6 +325,16 @@ def _shape(name: str, value: object) -> tuple[int | str, ...]:
     raise ValueError(
         f'outputs["{name}"] is {value!r}; expected a list of positive integers and "batch"'
     )
+
+
+def _fusions(value: Any) -> CudaFusions | None:
+    if value is None or "missing" in value:
+        return None
+    found: dict[str, Any] = {}
+    for f in fields(CudaFusions):
+        read = _truth if isinstance(f.default, bool) else integer
+        found[f.name] = read(f"cuda.{f.name}", value[f.name])
+    return CudaFusions(**found)
 
 
 def _truth(name: str, value: object) -> bool:

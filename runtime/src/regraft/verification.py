@@ -19,9 +19,11 @@ from regraft.bundle import Bundle
 from regraft.effect import Effect, EffectMeter
 from regraft.engines import Engine, EngineOptions, open_engine
 from regraft.errors import GateError
+from regraft.manifest import CUDA_GRAPHS
 from regraft.parity import LIMITS, Comparison, Meter
 
 SCHEMA = 1
+_ORIGINALS = {cuda: name for name, cuda in CUDA_GRAPHS.items()}
 
 
 class Reference(Protocol):
@@ -138,6 +140,7 @@ class Engines:
                 precision=self.bundle.manifest.precision,
                 options=self.options,
                 built=self.built.get(graph),
+                variants=self.bundle.variants(graph),
             )
             self._open[graph] = self._stack.enter_context(engine)
         return self._open[graph]
@@ -161,6 +164,7 @@ def verify(
     options: EngineOptions | None = None,
     *,
     compare_probes: bool = False,
+    graphs: Sequence[str] = ("model", "baseline"),
     built: Mapping[str, Path] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Verification:
@@ -173,6 +177,8 @@ def verify(
         engine: what to verify; the effect is always measured on ort-cpu, whose probes it needs.
         options: of the engine.
         compare_probes: also compare the probe graphs with the reference (at export).
+        graphs: what to compare, of those the bundle has. Those of ``ort-cuda`` are compared with
+            what the graphs they are named after should yield.
         built: graph name -> folder of a build that is not in the cache yet.
         on_batch: called with each batch's size, for progress.
 
@@ -183,7 +189,7 @@ def verify(
     # The probes run on ort-cpu, which has no bf16.
     runs = manifest.precision != "bf16"
     has_probes = runs and {"probe", "probe_baseline"} <= set(manifest.graphs)
-    compared = [g for g in ("model", "baseline") if g in manifest.graphs]
+    compared = [g for g in graphs if g in manifest.graphs]
     # ort-cpu, which runs them, cannot run bf16; export measured the effect in fp32.
     probes = ["probe_baseline", "probe"] if has_probes and manifest.precision != "bf16" else []
     meters: dict[tuple[str, str], Meter] = {}
@@ -192,17 +198,21 @@ def verify(
     with Engines(bundle, engine, options, built) as candidate, Engines(bundle, "ort-cpu") as cpu:
         for pixels in batches:
             seen: dict[str, Mapping[str, NDArray[np.float32]]] = {}
+            right: dict[str, Mapping[str, NDArray[np.float32]]] = {}
             for graph in [*compared, *probes]:
                 engines = cpu if graph in probes else candidate
                 seen[graph] = engines[graph].run(pixels)
                 if graph in compared or compare_probes:
-                    _compare(meters, graph, manifest.tokens.class_token, reference, pixels, seen)
+                    _compare(
+                        meters, graph, manifest.tokens.class_token, reference, pixels, seen, right
+                    )
             if probes:
                 effect.update(seen["probe_baseline"], seen["probe"])
             images += len(pixels)
             if on_batch:
                 on_batch(len(pixels))
-        name, precision = candidate["model"].name, candidate["model"].precision
+        opened = candidate[compared[0]]
+        name, precision = opened.name, opened.precision
     limits = LIMITS[precision]
     return Verification(
         engine=name,
@@ -221,8 +231,11 @@ def _compare(
     reference: Reference,
     pixels: NDArray[np.float32],
     seen: Mapping[str, Mapping[str, NDArray[np.float32]]],
+    right: dict[str, Mapping[str, NDArray[np.float32]]],
 ) -> None:
-    right = reference.run(graph, pixels, list(seen[graph]))
+    meant = _ORIGINALS.get(graph, graph)
+    if meant not in right:  # once for a graph and its form for CUDA
+        right[meant] = reference.run(meant, pixels, list(seen[graph]))
     for name, value in seen[graph].items():
         meter = meters.setdefault((graph, name), Meter(graph, name, class_token))
-        meter.update(right[name], value)
+        meter.update(right[meant][name], value)

@@ -88,7 +88,7 @@ def test_every_redirect_option_reaches_the_bundle(export: Regraft, tmp_path: Pat
     assert manifest.redirect == RedirectOptions(
         "per-layer", "keep", "only-outliers", 2, (1.0, 0.25)
     )
-    assert list(manifest.graphs) == ["model"]
+    assert list(manifest.graphs) == ["model", "model_cuda"]
 
 
 def test_without_probes_the_effect_is_not_measured(export: Regraft) -> None:
@@ -372,6 +372,7 @@ def test_a_failed_gate_exits_with_one_and_leaves_nothing(
     assert (code, out) == (1, "")
     assert err == (
         "regraft: ort-cpu is not equal to PyTorch with hooks, float32: model pooler_output: "
+        "relative error 9.90e-03; at most 1e-04 allowed; model_cuda pooler_output: "
         "relative error 9.90e-03; at most 1e-04 allowed\n"
     )
     assert nothing_left(tmp_path)

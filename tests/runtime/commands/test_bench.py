@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -45,6 +46,27 @@ def test_the_figures_fit_together(
         assert row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
         rate = row["batch"] / row["patched_ms"] * 1000
         assert row["patched_images_per_second"] == pytest.approx(rate)
+
+
+def test_the_picture_shows_the_figures(
+    regraft: Regraft, pristine_bundle: Path, tmp_path: Path
+) -> None:
+    picture = tmp_path / "bench.svg"
+    words = ("bench", pristine_bundle, "--json", "--batch-sizes", "1,4", "--seconds", 0.1)
+    code, out, _ = regraft(*words, "--plot", picture)
+    assert code == 0
+    root = ElementTree.parse(picture).getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    texts = [node.text or "" for node in root.iter(f"{space}text")]
+    bars = [float(node.attrib["height"]) for node in root.iter(f"{space}rect")][1:-2]
+    each = []
+    for row in json.loads(out)["batches"]:
+        assert f"batch {row['batch']}" in texts
+        assert any(text.startswith(f"{row['ratio']['median']:.3f} (") for text in texts)
+        each += [row["baseline_ms"] / row["batch"], row["patched_ms"] / row["batch"]]
+    assert [bar / max(bars) for bar in bars] == pytest.approx([e / max(each) for e in each], 0.01)
+    assert "exists already" in regraft(*words, "--plot", picture)[2]
+    assert "ends in '.png'; expected .svg" in regraft(*words, "--plot", tmp_path / "b.png")[2]
 
 
 def test_a_bundle_without_baseline_says_so(

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.support import fake_tensorrt as fake
 
-from regraft.engines.tensorrt.buckets import buckets, pieces
-from regraft.engines.tensorrt.cuda import Cuda
+from regraft.engines.buckets import buckets, pieces
+from regraft.engines.cuda_runtime import Cuda
 from regraft.engines.tensorrt.runner import Runner
 from regraft.errors import EngineError
 

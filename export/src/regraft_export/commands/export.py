@@ -194,6 +194,13 @@ def _summary(out: str, manifest: Manifest, verification: Verification) -> Iterat
         "baked token counts mended"
     )
     yield from lines(verification)
+    if manifest.cuda_missing:
+        yield f"ort-cuda: no graph of its own, runs the portable one: {manifest.cuda_missing}"
+    elif manifest.precision != "fp32":
+        yield (
+            "ort-cuda: its graphs were verified in fp32; a CPU has no "
+            f"{manifest.precision} kernels for them"
+        )
     if not manifest.verified:
         yield (
             f"ort-cpu cannot run {manifest.precision}: the same rewrite was verified in fp32; the "

@@ -96,14 +96,24 @@ class Editor:
         inputs: Sequence[gs.Tensor],
         attrs: Mapping[str, object] | None = None,
         dtype: object = None,
+        domain: str | None = None,
     ) -> gs.Variable:
-        """Appends a node; returns its one output."""
+        """Appends a node, of a domain other than ONNX's if given; returns its one output."""
         name = self.names.new(stem)
         output = gs.Variable(self.names.new(f"{stem}.out"), dtype=dtype or inputs[0].dtype)
-        node = gs.Node(op, name, dict(attrs or {}), list(inputs), [output])
+        node = gs.Node(op, name, dict(attrs or {}), list(inputs), [output], domain=domain)
         self.graph.nodes.append(node)
         self.added.append(node)
         return output
+
+
+def dtype_of(value: gs.Tensor) -> np.dtype[np.generic]:
+    """The numpy type of a tensor; graphsurgeon gives bf16 variables ONNX's number for it."""
+    known = value.dtype
+    if isinstance(known, int):
+        known = onnx.helper.tensor_dtype_to_np_dtype(known)
+    dtype: np.dtype[np.generic] = np.dtype(known)
+    return dtype
 
 
 def tensor(graph: gs.Graph, name: str) -> gs.Variable:

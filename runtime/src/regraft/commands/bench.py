@@ -20,15 +20,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from regraft import __version__
+from regraft.bench_plot import Pair, svg
 from regraft.bundle import Bundle
-from regraft.cli.options import add_engine, at_least, duration, integers
-from regraft.engines import Engine, EngineOptions, open_engine
-from regraft.errors import GateError
+from regraft.cli.options import add_engine, add_force, at_least, duration, integers
+from regraft.engines import Engine, EngineOptions
+from regraft.engines.cores import processor
+from regraft.errors import GateError, InputError
 from regraft.extractor import Extractor
 from regraft.features import Features
+from regraft.files import check_output, whole_file
 from regraft.images import decode, list_images
 from regraft.preprocessing import Preprocessing
 from regraft.timing import Ratio, race
+from regraft.verification import Engines
 
 _TOLERANCE = 1e-5  # relative to the largest value; the same graph on the same pixels
 _SMOOTH = 12  # cells per side of the random pictures' colour fields
@@ -57,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=at_least(2), default=10, metavar="N", help="at least so many (default: 10)"
     )
     add_engine(parser)
+    parser.add_argument("--plot", metavar="FILE.svg", help="draw the figures, too")
+    add_force(parser)
     parser.add_argument("--json", action="store_true", help="print the figures for machines")
 
 
@@ -77,29 +83,43 @@ class Row:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, and prints a table."""
+    if args.plot is not None:
+        if Path(args.plot).suffix != ".svg":
+            raise InputError(f"{args.plot}: ends in {Path(args.plot).suffix!r}; expected .svg")
+        check_output(args.plot, args.force)
     bundle = Bundle.open(args.bundle)
-    graphs = {"baseline": bundle.graph("baseline"), "patched": bundle.graph("model")}
     options = EngineOptions(threads=args.threads, precision=args.precision)
-    precision = bundle.manifest.precision
-    with (
-        open_engine(
-            graphs["baseline"], args.engine, precision=precision, options=options
-        ) as baseline,
-        open_engine(
-            graphs["patched"], args.engine, precision=precision, options=options
-        ) as patched,
-    ):
+    with Engines(bundle, args.engine, options) as engines:
+        baseline, patched = engines["baseline"], engines["model"]
         pictures = _pictures(bundle.manifest.preprocessing, args.images, max(args.batch_sizes))
         rows = [
             measure(bundle, baseline, patched, pictures[:batch], args.seconds, args.rounds)
             for batch in args.batch_sizes
         ]
         about = _about(bundle, patched, args)
+    if args.plot is not None:
+        _plot(args, about, rows)
     if args.json:
         print(json.dumps({**about, "batches": [asdict(row) for row in rows]}, indent=2))
     else:
         print("\n".join(_table(about, rows)))
     return 0
+
+
+def _plot(args: argparse.Namespace, about: dict[str, Any], rows: Sequence[Row]) -> None:
+    details = ", ".join(f"{name} {value}" for name, value in about["engine_details"].items())
+    pairs = [
+        Pair(
+            row.batch,
+            row.baseline_ms,
+            row.patched_ms,
+            (row.ratio.median, row.ratio.low, row.ratio.high),
+        )
+        for row in rows
+    ]
+    title = f"{about['model']}, {about['precision']}, {about['engine']}"
+    with whole_file(args.plot, args.force) as file:
+        file.write_text(svg(title, f"{details}; {about['processor']}", pairs), encoding="utf-8")
 
 
 def measure(
@@ -215,18 +235,8 @@ def _about(bundle: Bundle, engine: Engine, args: argparse.Namespace) -> dict[str
         "image_size": list(bundle.manifest.image_size),
         "images": "random" if args.images is None else list(args.images),
         "versions": {"regraft": __version__, "python": platform.python_version()},
-        "processor": _processor(),
+        "processor": processor(),
     }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _table(about: dict[str, Any], rows: Sequence[Row]) -> Iterator[str]:

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     """Builds and verifies, and prints both."""
     bundle = Bundle.open(args.bundle)
     planned = plan(bundle, args.engine, dict(args.option), args.precision)
-    if planned.keys and not args.force and _current(bundle, planned):
+    if planned.keys and not args.force and _current(planned):
         _print(args, planned, "built before", None, {})
         return 0
     paths = list_images(args.images)[: args.max_images]
@@ -104,9 +104,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _current(bundle: Bundle, planned: Plan) -> bool:
+def _current(planned: Plan) -> bool:
     try:
-        return is_current(bundle, planned)
+        return is_current(planned)
     except EngineError as error:
         print(f"regraft: {error}; building again", file=sys.stderr)
         return False

@@ -87,8 +87,24 @@ def _redirect(manifest: Manifest, neurons: Neurons) -> Iterator[tuple[str, str]]
     )
 
 
+def _cuda(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    fused = manifest.cuda
+    if fused is None:
+        yield "ort-cuda", manifest.cuda_missing or "no graph of its own (an older export)"
+        return
+    parts = [
+        _count(fused.attentions, "attention"),
+        _count(fused.norms, "residual norm"),
+        _count(fused.gelus, "GELU"),
+    ]
+    yield "ort-cuda", f"fused: {', '.join(parts)}; of the patched graph"
+    if fused.shape_nodes:
+        yield "", f"{_count(fused.shape_nodes, 'Shape node')} left, which runs on the CPU"
+
+
 def _files(bundle: Bundle) -> Iterator[tuple[str, str]]:
     manifest = bundle.manifest
+    yield from _cuda(manifest)
     yield "graphs", ", ".join(f"{name} ({file})" for name, file in manifest.graphs.items())
     for name, record in sorted(manifest.files.items()):
         yield "file", f"{name}, {_size(record.bytes)}"

@@ -20,6 +20,7 @@ from regraft.cli.options import add_engine, at_least
 from regraft.engines import EngineOptions
 from regraft.errors import InputError, how_to_install
 from regraft.images import list_images
+from regraft.manifest import CUDA_GRAPHS
 from regraft.pipeline import Failure, batches
 from regraft.progress import Progress
 from regraft.verification import Reference, UnoptimisedGraph, Verification, verify
@@ -122,10 +123,14 @@ def lines(found: Verification) -> Iterator[str]:
             image = "" if c.image_cosine is None else f"{c.image_cosine:.6f}"
             figures = f"{c.relative_error:>15.1e}{tokens:>14}{worst:>13}{image:>10}"
             yield f"  {c.graph:<16}{c.output:<22}{figures}{'' if c.passed else '  FAILED'}"
-    probes = [c for c in found.parity if c.graph.startswith("probe")]
-    if probes:
-        largest = max(c.relative_error for c in probes)
-        yield f"  probes: {len(probes)} outputs compared, largest relative error {largest:.1e}"
+    others = {
+        "probes": ("probe",),
+        "graphs of ort-cuda, run by ort-cpu": tuple(CUDA_GRAPHS.values()),
+    }
+    for title, prefix in others.items():
+        if rows := [c for c in found.parity if c.graph.startswith(prefix)]:
+            largest = max(c.relative_error for c in rows)
+            yield f"  {title}: {len(rows)} outputs compared, largest relative error {largest:.1e}"
     effect = found.effect
     if effect is None:
         bf16 = ", or they are bf16, which ort-cpu cannot run" if found.precision == "bf16" else ""

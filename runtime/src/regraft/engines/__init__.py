@@ -7,7 +7,9 @@ needs a build ever built silently. A new engine is one module and one row in :da
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from regraft import engine_cache
@@ -41,18 +43,18 @@ __all__ = [
 # for either.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
+_log = logging.getLogger("regraft")
 AUTO = "auto"
 # Name -> module and class. Modules load on use: some import what is not installed everywhere.
 MODULES = {
     "ort-cpu": "regraft.engines.ort_cpu:OrtCpuEngine",
     "openvino": "regraft.engines.openvino:OpenVinoEngine",
+    "ort-cuda": "regraft.engines.ort_cuda.engine:OrtCudaEngine",
     "tensorrt": "regraft.engines.tensorrt.engine:TensorrtEngine",
 }
 # What `auto` tries, in this order, of those in MODULES. openvino has to be asked for.
 AUTO_ORDER = ("tensorrt", "ort-cuda", "ort-cpu")
-# Names that the command line knows and a later version builds.
-PLANNED = ("ort-cuda",)
-NAMES = (AUTO, *MODULES, *PLANNED)
+NAMES = (AUTO, *MODULES)
 
 
 def open_engine(
@@ -62,6 +64,7 @@ def open_engine(
     precision: str = "fp32",
     options: EngineOptions | None = None,
     built: Path | None = None,
+    variants: Mapping[str, Path] | None = None,
 ) -> Engine:
     """Opens a graph with an engine.
 
@@ -73,27 +76,31 @@ def open_engine(
         options: how the engine may use the machine.
         built: for an engine that needs a build, a folder that its ``build`` wrote a moment ago,
             which is opened unchecked; None takes the one of the cache that was built last.
+        variants: forms of the graph that an engine may prefer, see
+            :meth:`regraft.bundle.Bundle.variants`.
 
     Raises:
         InputError: there is no engine of that name.
         EngineError: it cannot run here, cannot run this precision, refuses the graph, or was not
             built on this machine.
     """
-    options = options or EngineOptions()
+    options, variants = options or EngineOptions(), variants or {}
     if engine == AUTO:
-        return _first_available(graph, precision, options)
+        return _first_available(graph, precision, options, variants)
     kind = engine_class(engine)
     precision = kind.arithmetic(precision, options.precision)
-    if kind.needs_build and built is None:
-        opened = _from_cache(kind, graph, precision, options)
-        if opened is None:
+    graph = kind.file_of(graph, variants)
+    if kind.is_built and built is None:
+        if opened := _from_cache(kind, graph, precision, options):
+            return opened
+        if kind.must_be_built(precision):
             asked = f" --precision {precision}" if options.precision else ""
             raise EngineError(
                 f"{engine}: {graph.name} was not built in {precision} on this machine, or for "
                 "another version, device or content; "
                 f"run: regraft build {graph.parent} --engine {engine}{asked} --images DIR"
             )
-        return opened
+        _warn_unverified(engine, graph)
     return kind(graph, precision, options, built)
 
 
@@ -102,14 +109,11 @@ def engine_class(name: str) -> type[Engine]:
 
     Raises:
         InputError: there is no engine of that name.
-        EngineError: this version does not have it.
     """
     if name in MODULES:
         module, _, kind = MODULES[name].partition(":")
         loaded: type[Engine] = getattr(importlib.import_module(module), kind)
         return loaded
-    if name in PLANNED:
-        raise EngineError(f"{name}: is not in this version; use {' or '.join(MODULES)}")
     raise InputError(f"there is no engine {name!r}; expected one of {', '.join(NAMES)}")
 
 
@@ -119,7 +123,7 @@ def cache_key(
     """What a built engine depends on, here and now.
 
     Args:
-        kind: an engine with ``needs_build`` that is available.
+        kind: an engine with ``is_built`` that is available.
         graph: the ONNX file.
         precision: as ``kind.arithmetic`` says.
         options: every build option; None where they do not matter.
@@ -149,16 +153,32 @@ def _from_cache(
         return None if entry is None else kind(graph, precision, options, entry.folder)
 
 
-def _first_available(graph: Path, precision: str, options: EngineOptions) -> Engine:
-    reasons = []
+def _warn_unverified(engine: str, graph: Path) -> None:
+    _log.warning(
+        "%s: %s was not verified on this machine; regraft build %s --engine %s --images DIR",
+        engine,
+        graph.name,
+        graph.parent,
+        engine,
+    )
+
+
+def _first_available(
+    graph: Path, precision: str, options: EngineOptions, variants: Mapping[str, Path]
+) -> Engine:
+    reasons: list[str] = []
     for kind in (engine_class(name) for name in AUTO_ORDER if name in MODULES):
         reason = kind.unavailable(precision)
-        if reason is None and kind.needs_build:
-            asked = kind.arithmetic(precision, options.precision)
-            if opened := _from_cache(kind, graph, asked, options):
-                return opened
-            reason = "is not built; `regraft build` does it"
-        elif reason is None:
-            return kind(graph, kind.arithmetic(precision, options.precision), options)
-        reasons.append(f"{kind.name}: {reason}")
+        if reason is not None:
+            reasons.append(f"{kind.name}: {reason}")
+            continue
+        file, asked = kind.file_of(graph, variants), kind.arithmetic(precision, options.precision)
+        if not kind.is_built:
+            return kind(file, asked, options)
+        if opened := _from_cache(kind, file, asked, options):
+            return opened
+        if not kind.must_be_built(asked):
+            _warn_unverified(kind.name, file)
+            return kind(file, asked, options)
+        reasons.append(f"{kind.name}: is not built; `regraft build` does it")
     raise EngineError(f"no engine can run here: {'; '.join(reasons)}")

@@ -2,7 +2,7 @@
 
 :meth:`Engine.run` checks what goes in and names every failure. A new engine implements
 ``unavailable``, ``_open`` and ``_run``, and gets its row in :mod:`regraft.engines`. One that is
-compiled ahead of time sets ``needs_build`` and implements ``environment`` and ``build`` besides.
+compiled ahead of time sets ``is_built`` and implements ``environment`` and ``build`` besides.
 """
 
 from __future__ import annotations
@@ -48,11 +48,15 @@ class Engine(ABC):
         precision: fp32, fp16 or bf16: of its weights and arithmetic.
         size: (H, W) of ``pixel_values``.
         outputs: output name -> shape, a string for a free axis.
-        built: folder of files that :meth:`build` wrote; None for engines that need no build.
+        built: folder of files that :meth:`build` wrote; None for engines that are not built.
+        is_built: whether ``regraft build`` leaves something in the cache for it.
+        variant: the form of a graph that it takes where a bundle has it, see
+            :meth:`regraft.bundle.Bundle.variants`; None for the portable one.
     """
 
     name: ClassVar[str]
-    needs_build: ClassVar[bool] = False
+    is_built: ClassVar[bool] = False
+    variant: ClassVar[str | None] = None
     build_options: ClassVar[tuple[BuildOption, ...]] = ()
     graph: Path
     precision: str
@@ -69,8 +73,8 @@ class Engine(ABC):
             graph: the ONNX file.
             precision: fp32, fp16 or bf16, as :meth:`arithmetic` says.
             options: how it may use the machine.
-            built: what :meth:`build` wrote for this graph and precision; needed by engines with
-                ``needs_build``. :func:`regraft.engines.open_engine` takes it from the cache.
+            built: what :meth:`build` wrote for this graph and precision; needed where
+                :meth:`must_be_built`. :func:`regraft.engines.open_engine` takes it from the cache.
 
         Raises:
             EngineError: it is not installed, cannot run this precision, or refuses the graph.
@@ -109,10 +113,20 @@ class Engine(ABC):
         return precision
 
     @classmethod
+    def must_be_built(cls, precision: str) -> bool:
+        """Whether it can only open what :meth:`build` wrote."""
+        return cls.is_built
+
+    @classmethod
+    def file_of(cls, graph: Path, variants: Mapping[str, Path]) -> Path:
+        """The file that it takes of a graph."""
+        return graph if cls.variant is None else variants.get(cls.variant, graph)
+
+    @classmethod
     def environment(cls) -> tuple[str, str]:
         """Version of the library and name of the device, both part of the cache key.
 
-        Only for engines with ``needs_build``, and only where ``unavailable`` returns None.
+        Only for engines with ``is_built``, and only where ``unavailable`` returns None.
         """
         raise NotImplementedError(f"{cls.name} needs no build")
 
@@ -133,7 +147,7 @@ class Engine(ABC):
         folder: Path,
         progress: BuildProgress,
     ) -> dict[str, Any]:
-        """Compiles a graph for this machine; only for engines with ``needs_build``.
+        """Compiles a graph for this machine; only for engines with ``is_built``.
 
         Args:
             graph: the ONNX file, its external data beside it.

@@ -1,9 +1,10 @@
-"""How many cores this process may use, which inside a container is fewer than the machine has."""
+"""The processor, and how many cores this process may use: in a container fewer than it has."""
 
 from __future__ import annotations
 
 import math
 import os
+import platform
 from pathlib import Path
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
@@ -48,3 +49,14 @@ def _quota() -> float | None:
     except (ValueError, ZeroDivisionError):  # "max": no limit
         return None
     return granted if granted > 0 else None
+
+
+def processor() -> str:
+    """The processor's name, as the system says it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -32,7 +32,7 @@ class OpenVinoEngine(Engine):
     """Runs a graph with OpenVINO's CPU plugin."""
 
     name = "openvino"
-    needs_build = True
+    is_built = True
     _request: Any = None
     _model: Any = None
     _threads: int

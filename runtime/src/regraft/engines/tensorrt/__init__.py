@@ -3,7 +3,7 @@
 - ``builder``: ONNX graph -> plan.
 - ``inspect``: what the builder made of it.
 - ``engine``: the engine, which opens a plan from the cache and nothing else.
-- ``runner``, ``buckets``, ``cuda``: buffers, CUDA graphs, the calls into the CUDA runtime.
+- ``runner``: buffers and CUDA graphs.
 - ``listeners``: TensorRT's log and progress, brought to Python's.
 
 The builder is tested by compiling (``tests/tensorrt_rig``); execution was never run on a card where

@@ -27,8 +27,8 @@ from regraft.engines.base import (
     EngineOptions,
     Shape,
 )
+from regraft.engines.cuda_runtime import Cuda
 from regraft.engines.tensorrt.builder import BuilderOptions, build
-from regraft.engines.tensorrt.cuda import Cuda
 from regraft.engines.tensorrt.inspect import look_at_engine
 from regraft.engines.tensorrt.listeners import failure, logger
 from regraft.engines.tensorrt.runner import Runner
@@ -45,7 +45,7 @@ class TensorrtEngine(Engine):
     """Runs a plan with ``tensorrt`` and ``cuda-bindings``, without PyTorch."""
 
     name = "tensorrt"
-    needs_build = True
+    is_built = True
     build_options = (
         BuildOption("min-batch", BuilderOptions.min_batch, "smallest batch", least=1),
         BuildOption("opt-batch", BuilderOptions.opt_batch, "the batch it is tuned for", least=1),

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regraft.engines.tensorrt.buckets import buckets, pieces
-from regraft.engines.tensorrt.cuda import Cuda
+from regraft.engines.buckets import buckets, pieces
+from regraft.engines.cuda_runtime import Cuda
 from regraft.errors import EngineError
 from regraft.manifest import INPUT
 

@@ -1,4 +1,4 @@
-"""The calls into the CUDA runtime that the runner needs, with their failures as EngineError.
+"""The calls into the CUDA runtime that runners need, with their failures as EngineError.
 
 ``cuda.bindings`` returns (error, value...) and raises nothing; here a failure cannot be overlooked.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from regraft.errors import EngineError
 
-_log = logging.getLogger("regraft.tensorrt")
+_log = logging.getLogger("regraft.cuda")
 _REMEDIES = {
     "cudaErrorMemoryAllocation": "free memory on the card, or build with a smaller max-batch",
     "cudaErrorNoDevice": "use ort-cpu on a machine without a card",
@@ -42,9 +42,11 @@ class Cuda:
 
     Args:
         runtime: that module; None imports it.
+        engine: name of the engine, for messages.
     """
 
-    def __init__(self, runtime: Any = None) -> None:
+    def __init__(self, runtime: Any = None, engine: str = "tensorrt") -> None:
+        self.engine = engine
         self.runtime = (
             importlib.import_module("cuda.bindings.runtime") if runtime is None else runtime
         )
@@ -61,7 +63,9 @@ class Cuda:
             text = self.runtime.cudaGetErrorString(error)[1]
             text = text.decode() if isinstance(text, bytes) else str(text)
             remedy = _REMEDIES.get(kind, "restart the process; the card may have been lost")
-            raise EngineError(f"tensorrt: {name} failed ({kind}: {text}); {remedy}")
+            if self.engine != "tensorrt":  # which alone has a max-batch
+                remedy = remedy.replace("build with a smaller max-batch", "run smaller batches")
+            raise EngineError(f"{self.engine}: {name} failed ({kind}: {text}); {remedy}")
         return values[0] if len(values) == 1 else tuple(values)
 
     def release(self, name: str, handle: Any) -> None:
@@ -82,7 +86,7 @@ class Cuda:
         """
         if self.call("cudaGetDeviceCount") < 1:
             raise EngineError(
-                "tensorrt: there is no card; use ort-cpu, or check CUDA_VISIBLE_DEVICES"
+                f"{self.engine}: there is no card; use ort-cpu, or check CUDA_VISIBLE_DEVICES"
             )
         found = self.call("cudaGetDeviceProperties", 0)
         name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
@@ -90,7 +94,7 @@ class Cuda:
         return Card(name.strip("\0"), f"{found.major}{found.minor}", driver)
 
     def stream(self) -> Any:
-        """A stream of its own: the default one makes TensorRT wait for the whole card."""
+        """A stream of its own: the default one makes libraries wait for the whole card."""
         return self.call("cudaStreamCreateWithFlags", self.runtime.cudaStreamNonBlocking)
 
     def allocate(self, size: int) -> int:

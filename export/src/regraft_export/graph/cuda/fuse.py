@@ -1,0 +1,191 @@
+"""All rewrites for ONNX Runtime on CUDA, in order: from a trace to the graph of ``ort-cuda``.
+
+LayerScale is folded before the patch, so that the redirect takes its rows from the new weights; the
+rest comes after, so that a baseline and a patched graph go through the same rewrites.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from regraft.manifest import CudaFusions
+from regraft_export.graph.cuda.bf16_kernels import float32_for_missing_kernels
+from regraft_export.graph.cuda.drop_key_bias import drop_key_bias
+from regraft_export.graph.cuda.embed_tokens import embed_tokens
+from regraft_export.graph.cuda.fold_layer_scale import fold_layer_scale
+from regraft_export.graph.cuda.fuse_attention import DOMAIN, fuse_attention
+from regraft_export.graph.cuda.fuse_bias_gelu import fuse_bias_gelu
+from regraft_export.graph.cuda.fuse_skip_norm import fuse_skip_norm
+from regraft_export.graph.cuda.maximum import maximum_by_topk
+from regraft_export.graph.cuda.move_value_bias import move_value_bias
+from regraft_export.graph.cuda.patch_matmul import patch_matmul
+from regraft_export.graph.cuda.place_register_row import place_register_row
+from regraft_export.graph.cuda.widen_hidden import widen_hidden
+from regraft_export.graph.document import read, write
+from regraft_export.graph.patch import Built, Patch, Traced, Wanted, build
+
+WRITES = ("row", "wide", "added")
+MAXIMA = ("topk", "reduce")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Forms that only a card can decide between; the benchmark runs them all.
+
+    Attributes:
+        write: how a register's row gets what is redirected: ``row`` (one pass, by Where), ``wide``
+            (hidden units of its own, no pass), ``added`` (the portable Mul and Add).
+        maximum: ``topk`` or ``reduce``.
+        patches: patch embedding as one product.
+        tokens: token entry as one Pad and one constant.
+        biases: key and value biases out of the attention.
+        layer_scale: LayerScale folded into weights.
+    """
+
+    write: str = "row"
+    maximum: str = "topk"
+    patches: bool = True
+    tokens: bool = True
+    biases: bool = True
+    layer_scale: bool = True
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One graph for ``ort-cuda``.
+
+    Attributes:
+        proto: the graph.
+        fusions: what was fused, counted.
+        left: one line for each attention that was not fused, with the reason.
+    """
+
+    proto: onnx.ModelProto
+    fusions: CudaFusions
+    left: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A trace with LayerScale folded, and how many were."""
+
+    traced: Traced
+    folded: int
+
+
+def prepare(traced: Traced, choices: Choices | None = None) -> Prepared:
+    """What all graphs of a bundle have in common, done once."""
+    choices = choices or Choices()
+    if not choices.layer_scale:
+        return Prepared(traced, 0)
+    graph = read(traced.proto)
+    folded, down = fold_layer_scale(graph, traced.down)
+    if not folded:
+        return Prepared(traced, 0)
+    proto = write(graph, shapes_changed=False)
+    return Prepared(replace(traced, proto=proto, down=down), folded)
+
+
+def why_not_fused(fused: Fused, blocks: int) -> str:
+    """Why a graph is not worth having, in one line; empty if every block's attention is fused."""
+    count = fused.fusions.attentions
+    if count == blocks:
+        return ""
+    reasons = "; ".join(fused.left) or "there are no further softmax nodes"
+    return f"{count} of {blocks} attentions have a known form: {reasons}"
+
+
+def fuse(
+    prepared: Prepared, patch: Patch | None, wanted: Wanted, choices: Choices | None = None
+) -> Fused:
+    """Makes one graph for ``ort-cuda``.
+
+    Args:
+        prepared: what :func:`prepare` returned.
+        patch: None for a baseline.
+        wanted: outputs; not a probe.
+        choices: which forms; the same as for :func:`prepare`.
+
+    Raises:
+        RewriteError: the graph cannot be patched; see :func:`regraft_export.graph.patch.build`.
+    """
+    choices, traced = choices or Choices(), prepared.traced
+    built = build(traced, patch, wanted)
+    layout = traced.layout
+    tokens = layout.count + (patch.options.registers if patch else 0)
+    shapes = _shapes(built.proto)
+    graph = read(built.proto)
+    patches, entered = _enter(graph, built, traced, choices)
+    attentions, left = fuse_attention(graph, layout.heads, tokens)
+    keys = drop_key_bias(graph) if choices.biases else 0
+    values = move_value_bias(graph) if choices.biases else 0
+    placed = _redirect(graph, choices, tokens)
+    gelus = fuse_bias_gelu(graph)
+    graph.cleanup()  # what the rewrites above left unread must not count as a reader
+    norms = fuse_skip_norm(graph, shapes)
+    float32_for_missing_kernels(graph)
+    graph.import_domains = [*(graph.import_domains or []), onnx.helper.make_opsetid(DOMAIN, 1)]
+    proto = write(graph, shapes_changed=True)
+    fusions = CudaFusions(
+        attentions=attentions,
+        norms=norms,
+        gelus=gelus,
+        key_biases=keys,
+        value_biases=values,
+        layer_scales=prepared.folded,
+        patches=patches,
+        tokens=entered,
+        redirects=placed,
+        shape_nodes=sum(node.op_type == "Shape" for node in proto.graph.node),
+    )
+    return Fused(proto, fusions, left)
+
+
+def _enter(graph: gs.Graph, built: Built, traced: Traced, choices: Choices) -> tuple[bool, bool]:
+    """The way from pixels to tokens; which of its two rewrites took place."""
+    size = graph.inputs[0].shape[2:]
+    patches = patch_matmul(graph, (int(size[0]), int(size[1]))) if choices.patches else None
+    if patches is None or not choices.tokens:
+        return patches is not None, False
+    pads = [n for n in graph.nodes if n.name == "regraft.append_register"]
+    found = pads[0].outputs[0] if pads else graph.tensors().get(traced.anchors.tokens)
+    if not isinstance(found, gs.Variable):
+        return True, False
+    layout = traced.layout
+    count = layout.grid[0] * layout.grid[1]
+    return True, embed_tokens(graph, patches, found, (count, layout.width))
+
+
+def _redirect(graph: gs.Graph, choices: Choices, tokens: int) -> int:
+    """Gives the registers' rows their form; returns how many touched layers have it."""
+    if choices.maximum == "topk":
+        maximum_by_topk(graph, tokens)
+    wide = widen_hidden(graph) if choices.write == "wide" else 0
+    if wide:
+        graph.cleanup()
+    # What could not be widened, a gated MLP for example, takes the form with one pass.
+    return wide + (place_register_row(graph, tokens) if choices.write != "added" else 0)
+
+
+def _shapes(proto: onnx.ModelProto) -> dict[str, tuple[object, ...]]:
+    """Shapes of all tensors, as far as inference finds them; weights are left out of its way."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(proto)
+    for initializer in bare.graph.initializer:
+        if len(initializer.raw_data) > 1024:
+            # A model of more than 2 GB cannot be serialised, which inference does.
+            initializer.ClearField("raw_data")
+            initializer.data_location = onnx.TensorProto.EXTERNAL
+            entry = initializer.external_data.add()
+            entry.key, entry.value = "location", "unread"
+    inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True)
+    known = [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]
+    return {value.name: _dims(value) for value in known if value.type.tensor_type.HasField("shape")}
+
+
+def _dims(value: onnx.ValueInfoProto) -> tuple[object, ...]:
+    dims = value.type.tensor_type.shape.dim
+    return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in dims)

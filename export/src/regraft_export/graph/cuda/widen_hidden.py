@@ -1,0 +1,201 @@
+"""Rewrite: the registers receive their values as hidden units of their own, with no pass at all.
+
+The portable form adds ``v W[N]`` to the registers' rows of the down-projection's output. Here the
+MLP gets k more hidden units whose incoming weights are zero (so that they are f(0) = 0 on every
+token) and whose outgoing weights are W[N]; ``v`` is written into them on the registers alone::
+
+    x -> MatMul (D, m + k) -> Add -> f -> h -> Gather, max -> v
+                                          h -> ScatterND v on (register, m..m+k) -> MatMul -> Add
+
+With ``value = constant`` every register has one unit, written with 1, whose outgoing weights are
+the register's row. ONNX Runtime's ScatterND may write in place, and h has no later reader, so only
+(B, R, k) numbers are touched; the two products grow by k in m. Places that depend on the batch are
+counted on the device, from the pixels: a Shape node would go to the CPU.
+
+For activations with f(0) = 0 directly behind one product: GELU (both forms), ReLU, x sigmoid(c x).
+A gated MLP keeps the portable form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from regraft_export.graph.cuda.drop_key_bias import biased_product
+from regraft_export.graph.cuda.register_write import (
+    ConstantWrite,
+    RegisterWrite,
+    constant_writes,
+    register_writes,
+)
+from regraft_export.graph.document import Editor, consumers
+
+MULTIPLE = 8  # of widths that tensor cores like; k is filled up to it
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    """The nodes of one MLP: up, its bias, down; h between them."""
+
+    up: gs.Node
+    up_add: gs.Node
+    hidden: gs.Variable
+    down: gs.Node
+
+
+def widen_hidden(graph: gs.Graph) -> int:
+    """Rewrites every touched MLP that has the form; returns how many."""
+    done = 0
+    for write in list(register_writes(graph)):
+        done += _widen_measured(graph, write)
+    for constant in list(constant_writes(graph)):
+        done += _widen_constant(graph, constant)
+    return done
+
+
+def _widen_measured(graph: gs.Graph, write: RegisterWrite) -> bool:
+    maker = write.row.inputs[0] if write.row.inputs else None
+    if maker is None or maker.op != "MatMul" or not isinstance(maker.inputs[1], gs.Constant):
+        return False
+    lone = write.alone.inputs[0] if write.alone.inputs else None
+    if lone is not None and lone.op == "Add":
+        biased = biased_product(write.alone)
+        lone = biased[0].inputs[0] if biased else None
+    if lone is None or (mlp := _mlp(lone)) is None:
+        return False
+    editor, stem = Editor(graph), f"{lone.name}.wide"
+    value, rows = maker.inputs[0], maker.inputs[1].values
+    if len(write.scales) > 1 or write.scales[0] != 1:
+        scales = write.scales[None, :, None].astype(write.dtype)
+        value = editor.node("Mul", f"{stem}.scales", [value, editor.constant(f"{stem}.by", scales)])
+    registers, (k, _) = len(write.scales), rows.shape
+    m = _grow(editor, stem, mlp, rows)
+    units = np.broadcast_to(m + np.arange(k), (registers, k))
+    _fill(editor, stem, mlp, value, write.first, units)
+    y, maker = write.add.outputs[0], write.alone.inputs[0]
+    write.add.outputs, maker.outputs = [], [y]
+    return True
+
+
+def _widen_constant(graph: gs.Graph, write: ConstantWrite) -> bool:
+    lone = write.product.inputs[0] if write.product.inputs else None
+    if lone is None or lone.op != "MatMul" or (mlp := _mlp(lone, alone=True)) is None:
+        return False
+    editor, stem = Editor(graph), f"{lone.name}.wide"
+    dtype = lone.inputs[1].values.dtype
+    registers = len(write.rows)
+    m = _grow(editor, stem, mlp, write.rows.astype(dtype))
+    units = m + np.arange(registers)[:, None]
+    _fill(editor, stem, mlp, _ones(editor, registers, dtype), write.first, units)
+    bias = editor.constant(f"{stem}.bias", write.bias.astype(dtype))
+    write.add.inputs = [write.product, bias]
+    return True
+
+
+def _mlp(down: gs.Node, *, alone: bool = False) -> _Mlp | None:
+    """The MLP of a down-projection; ``alone`` if nothing else reads its hidden units."""
+    if down.op != "MatMul" or not isinstance(down.inputs[1], gs.Constant):
+        return None
+    hidden = down.inputs[0]
+    before = _before_activation(hidden)
+    if before is None or (biased := biased_product(before)) is None:
+        return None
+    readers = {n.op for n in consumers(hidden) if n is not down}
+    if readers != (set() if alone else {"Gather"}):
+        return None
+    if len(consumers(biased[0])) != 1:
+        return None
+    return _Mlp(biased[0].inputs[0], before.inputs[0], hidden, down)
+
+
+def _before_activation(hidden: gs.Variable) -> gs.Variable | None:
+    """The input of an elementwise activation with f(0) = 0."""
+    node = hidden.inputs[0] if hidden.inputs else None
+    if node is None:
+        return None
+    if node.op in ("Gelu", "Relu"):
+        return node.inputs[0]
+    if node.op != "Mul":
+        return None
+    for x, gate in (node.inputs, reversed(node.inputs)):
+        sigmoid = gate.inputs[0] if gate.inputs and gate.inputs[0].op == "Sigmoid" else None
+        if sigmoid is None:
+            continue
+        inner = sigmoid.inputs[0]
+        scaled = inner.inputs[0] if inner.inputs and inner.inputs[0].op == "Mul" else None
+        if inner is x or (scaled is not None and any(t is x for t in scaled.inputs)):
+            return x
+    return None
+
+
+def _grow(editor: Editor, stem: str, mlp: _Mlp, rows: NDArray[np.generic]) -> int:
+    """Gives the MLP one more unit for each row; returns the first one's index."""
+    m, more = mlp.down.inputs[1].values.shape[0], -(-len(rows) // MULTIPLE) * MULTIPLE
+    bias = next(i for i, t in enumerate(mlp.up_add.inputs) if isinstance(t, gs.Constant))
+    filled = np.pad(rows, ((0, more - len(rows)), (0, 0)))
+    for node, slot, values in (
+        (mlp.up, 1, np.pad(mlp.up.inputs[1].values, ((0, 0), (0, more)))),
+        (mlp.up_add, bias, np.pad(mlp.up_add.inputs[bias].values, (0, more))),
+        (mlp.down, 1, np.concatenate([mlp.down.inputs[1].values, filled])),
+    ):
+        node.inputs[slot] = editor.constant(f"{stem}.weights", values)
+    return int(m)
+
+
+def _fill(
+    editor: Editor, stem: str, mlp: _Mlp, value: gs.Variable, first: int, units: NDArray[np.int64]
+) -> None:
+    """Writes (B, R, k) into the new units (R, k) of the registers."""
+    places = _places(editor, first, units)
+    written = editor.node("ScatterND", f"{stem}.write", [mlp.hidden, places, value])
+    mlp.down.inputs[0] = written
+
+
+def _places(editor: Editor, first: int, units: NDArray[np.int64]) -> gs.Variable:
+    """(image, register, unit) of each number of (B, R, k): int64 (B, R, k, 3); layers share it."""
+    stem = f"regraft.cuda.places.{'x'.join(map(str, units.shape))}.{units.min()}.{units.max()}"
+    known = editor.graph.tensors().get(f"{stem}.out")
+    if isinstance(known, gs.Variable):
+        return known
+    step = editor.constant("regraft.cuda.step", np.array([1, 0, 0], np.int64).reshape(1, 1, 1, 3))
+    images = editor.node("Mul", "regraft.cuda.images", [_numbers(editor)[1], step])
+    base = np.zeros((1, *units.shape, 3), dtype=np.int64)
+    base[..., 1] = (first + np.arange(len(units)))[:, None]
+    base[..., 2] = units
+    return editor.node("Add", stem, [images, editor.constant(f"{stem}.base", base)])
+
+
+def _numbers(editor: Editor) -> tuple[gs.Variable, gs.Variable]:
+    """1, 1, 1, ... and 0, 1, 2, ... for the images of the batch: int64 (B, 1, 1, 1)."""
+    stem = "regraft.cuda.image"
+    known = [editor.graph.tensors().get(f"{stem}.{name}.out") for name in ("ones", "numbers")]
+    if all(isinstance(value, gs.Variable) for value in known):
+        return known[0], known[1]
+    bounds = [
+        editor.constant(f"{stem}.{name}", np.array(numbers, dtype=np.int64))
+        for name, numbers in (("first", [0, 0, 0]), ("second", [1, 1, 1]), ("axes", [1, 2, 3]))
+    ]
+    corner = editor.node("Slice", f"{stem}.corner", [editor.graph.inputs[0], *bounds])
+    whole = editor.node("Cast", f"{stem}.whole", [corner], {"to": 7}, dtype=np.int64)
+    one = editor.constant(f"{stem}.one", np.array(1, dtype=np.int64))
+    ones = editor.node("Clip", f"{stem}.ones", [whole, one, one])
+    axis = editor.constant(f"{stem}.axis", np.array(0, dtype=np.int64))
+    return ones, editor.node("CumSum", f"{stem}.numbers", [ones, axis], {"exclusive": 1})
+
+
+def _ones(editor: Editor, registers: int, dtype: np.dtype[np.generic]) -> gs.Variable:
+    """(B, R, 1) ones of the graph's type; layers share it."""
+    stem = "regraft.cuda.written"
+    known = editor.graph.tensors().get(f"{stem}.out")
+    if isinstance(known, gs.Variable):
+        return known
+    axis = editor.constant(f"{stem}.axis", np.array([3], dtype=np.int64))
+    flat = editor.node("Squeeze", f"{stem}.flat", [_numbers(editor)[0], axis])
+    every = editor.constant(f"{stem}.every", np.ones((1, registers, 1), np.int64))
+    spread = editor.node("Mul", f"{stem}.spread", [flat, every])
+    kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    return editor.node("Cast", stem, [spread], {"to": int(kind)}, dtype=np.dtype(dtype))

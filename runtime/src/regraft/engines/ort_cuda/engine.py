@@ -1,0 +1,220 @@
+"""The engine ``ort-cuda``: every node on the card, or an error that says which is not."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import logging
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regraft.engines.base import BuildOptions, BuildProgress, Engine, EngineOptions, Shape
+from regraft.engines.cuda_runtime import Cuda
+from regraft.engines.ort_cuda.one_thread import OneThread
+from regraft.engines.ort_cuda.runner import Runner
+from regraft.errors import EngineError
+from regraft.manifest import INPUT
+
+PROVIDER = "CUDAExecutionProvider"
+_INSTALL = "pip install 'regraft-runtime[cuda]'"
+_log = logging.getLogger("regraft")
+# What a message of ONNX Runtime or CUDA says -> what to do. The first that fits counts.
+_REMEDIES = (
+    (
+        ("fallback to CPU EP", "assigned to the default CPU EP"),
+        "some nodes have no CUDA kernel and would run on the CPU; use ort-cpu or tensorrt, or "
+        "export again with this version, which writes a graph for CUDA",
+    ),
+    (
+        ("out of memory", "Failed to allocate memory", "cudaErrorMemoryAllocation"),
+        "the card has too little free memory; free some, or run smaller batches",
+    ),
+    (
+        ("unspecified launch failure", "illegal memory access", "device is lost", "ECC error"),
+        "the card was lost; restart the process",
+    ),
+)
+
+
+class OrtCudaEngine(Engine):
+    """Runs a graph with onnxruntime's CUDAExecutionProvider and no other."""
+
+    name = "ort-cuda"
+    is_built = True  # `regraft build` leaves a verdict; there is nothing to compile
+    variant = "cuda"
+    _runner: Runner | None = None
+    _thread: OneThread
+
+    @classmethod
+    def unavailable(cls, precision: str) -> str | None:
+        """Why it cannot run here: a package, the driver or the card is missing."""
+        try:
+            ort = importlib.import_module("onnxruntime")
+        except ImportError as error:
+            missing = isinstance(error, ModuleNotFoundError)
+            reason = "is not installed" if missing else f"cannot be imported ({error})"
+            return f"onnxruntime-gpu {reason}; {_INSTALL}"
+        if PROVIDER not in ort.get_available_providers():
+            return (
+                "the onnxruntime that is installed is the one for CPUs; "
+                f"pip uninstall onnxruntime, then {_INSTALL}"
+            )
+        try:
+            importlib.import_module("cuda.bindings.runtime")
+        except (ImportError, OSError) as error:
+            missing = isinstance(error, ModuleNotFoundError)
+            reason = "is not installed" if missing else f"cannot be loaded ({error})"
+            return f"cuda-bindings {reason}; {_INSTALL}"
+        try:
+            Cuda(engine=cls.name).card()
+        except EngineError as error:
+            return str(error).removeprefix(f"{cls.name}: ")
+        return None
+
+    @classmethod
+    def must_be_built(cls, precision: str) -> bool:
+        """A bf16 graph was verified nowhere: no CPU runs it."""
+        return precision == "bf16"
+
+    @classmethod
+    def environment(cls) -> tuple[str, str]:
+        """Version of onnxruntime; name, compute capability and driver of the card."""
+        ort = importlib.import_module("onnxruntime")
+        return str(ort.__version__), str(Cuda(engine=cls.name).card())
+
+    @classmethod
+    def build(
+        cls,
+        graph: Path,
+        precision: str,
+        options: BuildOptions,
+        folder: Path,
+        progress: BuildProgress,
+    ) -> dict[str, Any]:
+        """Warms the graph up; the verdict of the parity gate is what the cache keeps."""
+        progress(f"warming {graph.name}", 0, 1)
+        with cls(graph, precision, EngineOptions(), folder) as engine:
+            pixels = np.zeros((1, 3, *engine.size), np.float32)
+            for _ in range(2):  # the second run replays the CUDA graph of the first
+                engine.run(pixels)
+        progress(f"warming {graph.name}", 1, 1)
+        version, device = cls.environment()
+        return {"graph": graph.name, "version": version, "device": device, "precision": precision}
+
+    def _open(
+        self, graph: Path, options: EngineOptions
+    ) -> tuple[tuple[int, int], dict[str, Shape]]:
+        ort = importlib.import_module("onnxruntime")
+        ort.disable_telemetry_events()  # nobody asked for any
+        if not graph.name.endswith(".cuda.onnx"):
+            _log.warning(
+                "ort-cuda: %s was exported without a graph for CUDA (see `regraft inspect`); "
+                "runs the portable one, more slowly",
+                graph.name,
+            )
+        said = io.StringIO()
+        with redirect_stdout(said):  # it prints what it cannot load; answers go to stdout
+            ort.preload_dlls()
+        cuda = Cuda(engine=self.name)
+        stream = cuda.stream()
+        try:
+            session = _session(ort, graph, int(stream), options)
+            if PROVIDER not in session.get_providers():
+                hints = " ".join(said.getvalue().split()) or "see the log of onnxruntime"
+                raise EngineError(
+                    f"{self.name}: the libraries of CUDA or cuDNN cannot be loaded ({hints}); "
+                    "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+                )
+            size, outputs = _ports(session, graph)
+        except BaseException:
+            cuda.release("cudaStreamDestroy", stream)
+            raise
+        inner = {name: tuple(int(n) for n in shape[1:]) for name, shape in outputs.items()}
+        self._thread = OneThread()
+        self._runner = Runner(
+            session, ort, cuda, stream, {INPUT: (3, *size), **inner}, graphs=options.optimize
+        )
+        return size, outputs
+
+    def _run(
+        self, pixels: NDArray[np.float32], outputs: Sequence[str]
+    ) -> Sequence[NDArray[np.float32]]:
+        runner = self._runner
+        if runner is None:
+            raise EngineError(f"{self.name}: is closed; open it again")
+        return self._thread.call(lambda: runner.run(pixels, outputs))
+
+    def details(self) -> dict[str, str]:
+        """Version of onnxruntime, card, graph, batches executed, and whether as CUDA graphs."""
+        version, card = self.environment()
+        runner = self._runner
+        return {
+            "onnxruntime": version,
+            "device": card,
+            "graph": self.graph.name,
+            "batches": "" if runner is None else ",".join(map(str, runner.sizes)),
+            "cuda graphs": "yes" if runner is not None and runner.graphs else "no",
+        }
+
+    def _close(self) -> None:
+        if self._runner is not None:
+            self._runner.close()
+            self._thread.close()
+        self._runner = None
+
+    @classmethod
+    def _foreign_errors(cls) -> tuple[type[Exception], ...]:
+        # onnxruntime's exceptions have no common base of their own, so they are collected.
+        state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+        kinds = (kind for kind in vars(state).values() if isinstance(kind, type))
+        own = tuple(kind for kind in kinds if issubclass(kind, Exception))
+        return (*own, RuntimeError, ValueError)
+
+    @classmethod
+    def _reason(cls, error: Exception) -> str:
+        text = str(error)
+        for signs, remedy in _REMEDIES:
+            if any(sign.lower() in text.lower() for sign in signs):
+                return f"{super()._reason(error)}; {remedy}"
+        return super()._reason(error)
+
+
+def _session(ort: Any, graph: Path, stream: int, options: EngineOptions) -> Any:
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3  # errors; its warnings are about its own optimiser
+    settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    provider = {
+        "device_id": "0",
+        "user_compute_stream": str(stream),
+        "use_tf32": "0",  # it would not pass the gate of fp32
+        "enable_cuda_graph": "1" if options.optimize else "0",
+        "arena_extend_strategy": "kSameAsRequested",
+        "cudnn_conv_algo_search": "HEURISTIC",
+    }
+    # enable_fallback: its Python layer would open the session on the CPU and only print so.
+    return ort.InferenceSession(
+        str(graph), settings, providers=[(PROVIDER, provider)], enable_fallback=0
+    )
+
+
+def _ports(session: Any, graph: Path) -> tuple[tuple[int, int], dict[str, Shape]]:
+    inputs = {port.name: port.shape for port in session.get_inputs()}
+    shape = inputs.get(INPUT)
+    if len(inputs) != 1 or shape is None or len(shape) != 4:
+        raise EngineError(
+            f"ort-cuda: {graph.name} takes {', '.join(inputs)}; expected one input {INPUT} "
+            "of shape (batch, 3, H, W)"
+        )
+    outputs: dict[str, Shape] = {port.name: tuple(port.shape) for port in session.get_outputs()}
+    free = [n for n, s in outputs.items() if not all(isinstance(length, int) for length in s[1:])]
+    if free:
+        raise EngineError(
+            f"ort-cuda: {', '.join(free)} of {graph.name} has a free axis besides the batch; "
+            "export again"
+        )
+    return (int(shape[2]), int(shape[3])), outputs

@@ -1,0 +1,265 @@
+"""Each rewrite for CUDA by itself: forms it takes, forms it leaves, and equal numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_graphsurgeon as gs
+import pytest
+from numpy.typing import NDArray
+from tests.support import graphs
+
+from regraft_export.graph.cuda.drop_key_bias import drop_key_bias
+from regraft_export.graph.cuda.fold_layer_scale import fold_layer_scale
+from regraft_export.graph.cuda.fuse_attention import fuse_attention
+from regraft_export.graph.cuda.fuse_bias_gelu import fuse_bias_gelu
+from regraft_export.graph.cuda.fuse_skip_norm import fuse_skip_norm
+from regraft_export.graph.cuda.maximum import maximum_by_topk
+from regraft_export.graph.cuda.move_value_bias import move_value_bias
+from regraft_export.graph.cuda.patch_matmul import patch_matmul
+from regraft_export.graph.cuda.place_register_row import place_register_row
+from regraft_export.graph.cuda.widen_hidden import widen_hidden
+from regraft_export.graph.document import read, write
+
+T, D, H = 5, 8, 2
+
+
+def model(
+    nodes: str, out: str = f"float[b, {T}, {D}] y", x: str = "", **weights: object
+) -> gs.Graph:
+    """A graph from ``x`` (b, T, D) to ``y``; weights by name: a shape to draw, or an array."""
+    rng = np.random.default_rng(0)
+    proto = onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["": 20, "com.microsoft": 1]> '
+        f"g ({x or f'float[b, {T}, {D}] x'}) => ({out}) {{ {nodes} }}"
+    )
+    for name, value in weights.items():
+        array = value if isinstance(value, np.ndarray) else rng.normal(size=value)
+        kind = array.dtype if array.dtype.kind in "ib" else np.float32
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(kind), name))
+    return read(proto)
+
+
+def run(graph: gs.Graph, shape: tuple[int, ...] = (3, T, D)) -> NDArray[np.float32]:
+    x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    for output in graph.outputs:
+        output.dtype = np.float32
+    out = graphs.run(write(graph, shapes_changed=True), {"x": x}, optimize=False)
+    (value,) = out.values()
+    return np.asarray(value, np.float32)
+
+
+def ops(graph: gs.Graph) -> Counter[str]:
+    graph.cleanup()
+    return Counter(node.op for node in graph.nodes)
+
+
+HEADS = np.array([0, 0, H, D // H], np.int64)
+MERGE = np.array([0, 0, D], np.int64)
+QKV = """q1 = MatMul(x, wq) q2 = Add(q1, bq) k1 = MatMul(x, wk) k2 = Add(k1, bk)
+v1 = MatMul(x, wv) v2 = Add(v1, bv)
+q3 = Reshape(q2, heads) k3 = Reshape(k2, heads) v3 = Reshape(v2, heads)
+q = Transpose<perm = [0, 2, 1, 3]>(q3) v = Transpose<perm = [0, 2, 1, 3]>(v3)
+"""
+PLAIN = "k = Transpose<perm = [0, 2, 3, 1]>(k3) s = MatMul(q, k) "
+END = """p = Softmax<axis = -1>(s) a = MatMul(p, v) a2 = Transpose<perm = [0, 2, 1, 3]>(a)
+a3 = Reshape(a2, merge) """
+OUT = "o = MatMul(a3, wo) y = Add(o, bo)"
+WEIGHTS = {
+    **{f"w{s}": (D, D) for s in "qkvo"},
+    **{f"b{s}": (D,) for s in "qkvo"},
+    "heads": HEADS,
+    "merge": MERGE,
+}
+
+
+def attention(middle: str = PLAIN, out: str = OUT, **more: object) -> gs.Graph:
+    return model(QKV + middle + END + out, **WEIGHTS, **more)
+
+
+def test_attention_loses_its_key_bias_and_its_value_bias() -> None:
+    before = run(attention())
+    graph = attention()
+    assert fuse_attention(graph, H, T) == (1, [])
+    np.testing.assert_allclose(run(graph), before, atol=1e-5)
+    assert (drop_key_bias(graph), move_value_bias(graph)) == (1, 1)
+    np.testing.assert_allclose(run(graph), before, atol=1e-5)
+    assert ops(graph) == {"MatMul": 4, "Add": 2, "MultiHeadAttention": 1}
+    assert (drop_key_bias(graph), move_value_bias(graph)) == (0, 0)
+
+
+def test_scales_on_either_side_and_on_scores_are_one_attribute() -> None:
+    middle = """kt = Transpose<perm = [0, 2, 3, 1]>(k3) k = Mul(kt, half) qs = Div(q, two)
+    s1 = MatMul(qs, k) s = Mul(s1, three) """
+    numbers = {n: np.array(v, np.float32) for n, v in (("half", 0.5), ("two", 2), ("three", 3))}
+    before = run(attention(middle, **numbers))
+    graph = attention(middle, **numbers)
+    assert fuse_attention(graph, H, T)[0] == 1
+    node = next(n for n in graph.nodes if n.op == "MultiHeadAttention")
+    assert node.attrs["scale"] == pytest.approx(0.75)
+    np.testing.assert_allclose(run(graph), before, atol=1e-5)
+
+
+ROTARY = """qr = Mul(q, cos) kr = Mul(k3, cosk) k = Transpose<perm = [0, 2, 3, 1]>(kr)
+s = MatMul(qr, k) """
+NORMED = """kn = LayerNormalization<axis = -1>(k3, gamma) k = Transpose<perm = [0, 2, 3, 1]>(kn)
+s = MatMul(q, k) """
+
+
+@pytest.mark.parametrize("middle", [ROTARY, NORMED], ids=["rotary", "key norm"])
+def test_rotary_and_key_norm_keep_the_key_bias(middle: str) -> None:
+    more = {"cos": (1, 1, T, D // H), "cosk": (1, T, 1, D // H), "gamma": (D // H,)}
+    before = run(attention(middle, **more))
+    graph = attention(middle, **more)
+    assert fuse_attention(graph, H, T)[0] == 1
+    assert drop_key_bias(graph) == 0
+    assert move_value_bias(graph) == 1
+    np.testing.assert_allclose(run(graph), before, atol=1e-5)
+
+
+def test_a_norm_before_the_projection_keeps_the_value_bias() -> None:
+    out = "n = LayerNormalization<axis = -1>(a3, gamma) o = MatMul(n, wo) y = Add(o, bo)"
+    before = run(attention(out=out, gamma=(D,)))
+    graph = attention(out=out, gamma=(D,))
+    assert fuse_attention(graph, H, T)[0] == 1
+    assert (drop_key_bias(graph), move_value_bias(graph)) == (1, 0)
+    np.testing.assert_allclose(run(graph), before, atol=1e-5)
+
+
+def test_a_second_reader_keeps_the_value_bias() -> None:
+    graph = attention(out="o = MatMul(a3, wo) y = Add(o, a3)")
+    before = run(attention(out="o = MatMul(a3, wo) y = Add(o, a3)"))
+    fuse_attention(graph, H, T)
+    assert move_value_bias(graph) == 0
+    np.testing.assert_allclose(run(graph), before, atol=1e-5)
+
+
+def test_a_projection_without_bias_gets_one() -> None:
+    out = "y = MatMul(a3, wo)"
+    before = run(attention(out=out))
+    graph = attention(out=out)
+    fuse_attention(graph, H, T)
+    assert move_value_bias(graph) == 1
+    np.testing.assert_allclose(run(graph), before, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("middle", "reason"),
+    [
+        (PLAIN.replace("s =", "s0 =") + "s = Add(s0, mask) ", "come from Add, not from one MatMul"),
+        (PLAIN.replace("s =", "s0 =") + "s = Tanh(s0) ", "come from Tanh, not from one MatMul"),
+    ],
+)
+def test_masks_and_caps_are_left_and_named(middle: str, reason: str) -> None:
+    graph = attention(middle, mask=(1, 1, T, T))
+    fused, left = fuse_attention(graph, H, T)
+    assert fused == 0
+    assert reason in left[0]
+
+
+def test_layer_scale_is_folded_and_the_down_projection_follows() -> None:
+    nodes = "a = MatMul(x, w) b = Add(a, c) y = Mul(b, gamma)"
+    weights = {"w": (D, D), "c": (D,), "gamma": (D,)}
+    before, graph = run(model(nodes, **weights)), model(nodes, **weights)
+    weight, gamma = (graph.tensors()[name].values for name in ("w", "gamma"))
+    folded, now = fold_layer_scale(graph, {7: weight})
+    assert folded == 1
+    np.testing.assert_allclose(now[7], weight * gamma, rtol=1e-6)
+    np.testing.assert_allclose(run(graph), before, atol=1e-5)
+    assert ops(graph) == {"MatMul": 1, "Add": 1}
+
+
+def test_layer_scale_stays_where_the_product_has_other_readers() -> None:
+    graph = model(
+        "a = MatMul(x, w) b = Add(a, c) m = Mul(b, gamma) y = Add(m, b)",
+        w=(D, D),
+        c=(D,),
+        gamma=(D,),
+    )
+    assert fold_layer_scale(graph, {})[0] == 0
+
+
+def test_fp16_keeps_a_layer_scale_that_it_cannot_hold() -> None:
+    from regraft_export.graph.cuda.fold_layer_scale import _scaled
+
+    weight = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float16)
+    assert _scaled(weight, np.full(64, 0.1, np.float16)) is not None
+    assert _scaled(weight, np.full(64, 1e-6, np.float16)) is None
+
+
+CONV = "c = Conv<{}>(x, k, b) r = Reshape(c, flat) y = Transpose<perm = [0, 2, 1]>(r)"
+IMAGE = {"k": (D, 3, 2, 4), "b": (D,), "flat": np.array([0, D, -1], np.int64)}
+
+
+def test_the_patch_embedding_is_one_product() -> None:
+    args = {"out": f"float[b, 6, {D}] y", "x": "float[b, 3, 6, 8] x", **IMAGE}
+    nodes = CONV.format("strides = [2, 4]")
+    before = run(model(nodes, **args), (2, 3, 6, 8))
+    graph = model(nodes, **args)
+    assert patch_matmul(graph, (6, 8)) is not None
+    np.testing.assert_allclose(run(graph, (2, 3, 6, 8)), before, atol=1e-5)
+    assert "Conv" not in ops(graph)
+
+
+@pytest.mark.parametrize(
+    "attributes", ["strides = [1, 4]", "strides = [2, 4], pads = [1, 0, 1, 0]"]
+)
+def test_other_convolutions_are_left(attributes: str) -> None:
+    args = {"out": f"float[b, n, {D}] y", "x": "float[b, 3, 6, 8] x", **IMAGE}
+    assert patch_matmul(model(CONV.format(attributes), **args), (6, 8)) is None
+
+
+ONEHOT = np.zeros((1, T, 1), np.float32)
+ONEHOT[0, -1] = -0.5
+MLP = """u = MatMul(x, w1) ub = Add(u, b1) h = Gelu(ub) a = MatMul(h, w2) alone = Add(a, b2)
+g = Gather<axis = 2>(h, columns) top = ReduceMax<keepdims = 1>(g, axis)
+row = MatMul(top, rows) place = Mul(row, onehot) y = Add(alone, place)"""
+MLPS = {
+    **{"w1": (D, 12), "b1": (12,), "w2": (12, D), "b2": (D,), "rows": (2, D), "onehot": ONEHOT},
+    "columns": np.array([1, 5], np.int64),
+    "axis": np.array([1], np.int64),
+}
+
+
+def test_the_three_forms_of_the_redirect_are_equal() -> None:
+    pixels = f"float[b, {T}, {D}] x"
+    before = run(model(MLP, x=pixels, **MLPS))
+    row = model(MLP, **MLPS)
+    assert place_register_row(row, T) == 1
+    np.testing.assert_allclose(run(row), before, atol=1e-5)
+    assert ops(row)["Where"] == 1
+    top = model(MLP, **MLPS)
+    assert maximum_by_topk(top, T) == 1
+    np.testing.assert_allclose(run(top), before, atol=1e-5)
+    assert maximum_by_topk(model(MLP, **MLPS), 257) == 0
+
+
+def test_a_gated_mlp_is_not_widened() -> None:
+    gated = MLP.replace("h = Gelu(ub)", "g0 = Sigmoid(ub) g1 = Tanh(ub) h = Mul(g0, g1)")
+    assert widen_hidden(model(gated, **MLPS)) == 0
+
+
+def test_a_residual_and_a_norm_are_one_node() -> None:
+    nodes = """a = MatMul(x, w) b = Add(a, c) s = Add(x, b)
+    n = LayerNormalization<axis = -1, epsilon = 0.001>(s, gamma, beta) y = Add(n, s)"""
+    weights = {"w": (D, D), "c": (D,), "gamma": (D,), "beta": (D,)}
+    before, graph = run(model(nodes, **weights)), model(nodes, **weights)
+    shapes = dict.fromkeys(("x", "a", "b", "s"), ("b", T, D))
+    assert fuse_skip_norm(graph, shapes) == 1
+    np.testing.assert_allclose(run(graph), before, atol=1e-5)
+    assert ops(graph) == {"MatMul": 1, "SkipLayerNormalization": 1, "Add": 1}
+    # A sum that broadcasts, or whose shapes are unknown, is left.
+    assert fuse_skip_norm(model(nodes, **weights), {**shapes, "b": ("b", 1, D)}) == 0
+    assert fuse_skip_norm(model(nodes, **weights), {}) in (0, 1)
+
+
+@pytest.mark.parametrize(("kind", "fused"), [("none", 1), ("tanh", 0)])
+def test_bias_and_exact_gelu_are_one_node(kind: str, fused: int) -> None:
+    nodes = f'a = MatMul(x, w) b = Add(a, c) y = Gelu<approximate = "{kind}">(b)'
+    weights = {"w": (D, D), "c": (D,)}
+    before, graph = run(model(nodes, **weights)), model(nodes, **weights)
+    assert fuse_bias_gelu(graph) == fused
+    np.testing.assert_allclose(run(graph), before, atol=1e-5)

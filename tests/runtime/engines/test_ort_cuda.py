@@ -1,0 +1,233 @@
+"""ort-cuda on a fake card: the same code that runs on a real one, numbers from the CPU provider."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import onnxruntime as real
+import pytest
+from numpy.typing import NDArray
+from tests.support import fake_onnxruntime
+from tests.support.fake_tensorrt import Cudart, Status
+
+from regraft.engines import EngineOptions, open_engine
+from regraft.engines.ort_cuda.runner import LARGEST
+from regraft.errors import EngineError
+
+Fake = fake_onnxruntime.Module
+
+
+@pytest.fixture
+def ort(monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """A machine with a card and onnxruntime-gpu."""
+    module = Fake(Cudart())
+    for name in ("cuda", "cuda.bindings"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", module.cudart)
+    monkeypatch.setitem(sys.modules, "onnxruntime", module)
+    return module
+
+
+@pytest.fixture
+def graph(pristine_bundle: Path) -> Path:
+    return pristine_bundle / "model.onnx"
+
+
+def pixels(count: int, seed: int = 0) -> NDArray[np.float32]:
+    drawn = np.random.default_rng(seed).normal(size=(count, 3, 16, 16))
+    return drawn.astype(np.float32)
+
+
+def right(graph: Path, batch: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    session = real.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, {"pixel_values": batch}), strict=True))
+
+
+def test_every_batch_size_equals_the_cpu(ort: Fake, graph: Path) -> None:
+    with open_engine(graph, "ort-cuda") as engine:
+        for count in (1, 3, 8, 5, 3, LARGEST, LARGEST + 3, 1):
+            batch = pixels(count, count)
+            for name, value in right(graph, batch).items():
+                np.testing.assert_allclose(engine.run(batch)[name], value, rtol=1e-5, atol=1e-6)
+        assert engine.details()["cuda graphs"] == "yes"
+        recorded = {number for _, number in ort.sessions[0].recorded}
+        assert recorded == {1, 4, 8, LARGEST}
+        assert ort.sessions[0].provider["use_tf32"] == "0"
+    assert ort.cudart.live == 0
+
+
+def test_only_what_is_asked_for_is_copied_back(ort: Fake, graph: Path) -> None:
+    with open_engine(graph, "ort-cuda") as engine:
+        ort.cudart.copied.clear()
+        engine.run(pixels(3), ["pooler_output"])
+        assert [kind for kind, _ in ort.cudart.copied] == ["in", "out"]
+        assert ort.cudart.copied[1][1] == 3 * 8 * 4  # three images of a bucket of four
+
+
+def test_a_thousand_runs_take_no_more_memory(ort: Fake, graph: Path) -> None:
+    with open_engine(graph, "ort-cuda") as engine:
+        engine.run(pixels(2))
+        before = ort.cudart.live
+        for _ in range(1000):
+            engine.run(pixels(2), ["pooler_output"])
+        assert ort.cudart.live == before
+
+
+def test_threads_share_one_recording_each_bucket(ort: Fake, graph: Path) -> None:
+    expected = right(graph, pixels(2))["pooler_output"]
+    wrong: list[int] = []
+
+    def work(engine: object) -> None:
+        for _ in range(5):
+            got = engine.run(pixels(2), ["pooler_output"])["pooler_output"]  # type: ignore[attr-defined]
+            if not np.allclose(got, expected, rtol=1e-5, atol=1e-6):
+                wrong.append(1)
+
+    with open_engine(graph, "ort-cuda") as engine:
+        engine.run(pixels(2))
+        threads = [threading.Thread(target=work, args=(engine,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        # This thread's, and that of the one that all others go through.
+        assert len(ort.sessions[0].recorded) == 2
+
+
+def test_without_cuda_graphs(ort: Fake, graph: Path) -> None:
+    with open_engine(graph, "ort-cuda", options=EngineOptions(optimize=False)) as engine:
+        engine.run(pixels(2))
+        assert ort.sessions[0].provider["enable_cuda_graph"] == "0"
+        assert not ort.sessions[0].recorded
+
+
+def test_it_takes_the_graph_for_cuda_and_says_so_if_there_is_none(
+    ort: Fake, graph: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fused = graph.with_name("model.cuda.onnx")
+    fused.write_bytes(graph.read_bytes())
+    with caplog.at_level(logging.WARNING, "regraft"):
+        with open_engine(graph, "ort-cuda", variants={"cuda": fused}) as engine:
+            assert engine.graph == fused
+        assert "without a graph for CUDA" not in caplog.text
+        assert "model.cuda.onnx was not verified on this machine" in caplog.text
+        with open_engine(graph, "ort-cuda") as engine:
+            assert engine.graph == graph
+    assert "model.onnx was exported without a graph for CUDA" in caplog.text
+
+
+def test_auto_takes_it_before_the_cpu_and_after_tensorrt(ort: Fake, graph: Path) -> None:
+    with open_engine(graph, "auto") as engine:
+        assert engine.name == "ort-cuda"
+
+
+def test_bf16_has_to_be_built(ort: Fake, graph: Path) -> None:
+    with pytest.raises(EngineError, match=r"was not built in bf16 .* regraft build .*ort-cuda"):
+        open_engine(graph, "ort-cuda", precision="bf16")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("nodes assigned to the default CPU EP, but fallback to CPU EP is disabled", "no CUDA ker"),
+        ("Failed to allocate memory for requested buffer of size 99", "too little free memory"),
+        ("CUDA error 719: unspecified launch failure", "the card was lost; restart"),
+        ("something else", "something else"),
+    ],
+)
+def test_one_clear_error_when_opening_and_running(
+    ort: Fake, graph: Path, text: str, expected: str
+) -> None:
+    ort.refusal = f"[ONNXRuntimeError] {text}\nmore"
+    with pytest.raises(EngineError, match=expected) as caught:
+        open_engine(graph, "ort-cuda")
+    assert str(caught.value).startswith("ort-cuda: cannot open model.onnx")
+    assert ort.cudart.live == 0
+    ort.refusal = ""
+    with open_engine(graph, "ort-cuda") as engine:
+        ort.failure = text
+        with pytest.raises(EngineError, match=expected):
+            engine.run(pixels(1))
+
+
+def test_what_is_missing_is_named(
+    ort: Fake, graph: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ort.libraries = False
+    with pytest.raises(EngineError, match=r"libcublasLt.*pip install 'onnxruntime-gpu\[cuda,cudnn"):
+        open_engine(graph, "ort-cuda")
+    assert capsys.readouterr().out == ""  # where answers for machines go
+    assert ort.cudart.live == 0
+    ort.cudart.cards = 0
+    with pytest.raises(EngineError, match="ort-cuda: there is no card; use ort-cpu"):
+        open_engine(graph, "ort-cuda")
+    ort.cudart.fails["cudaGetDeviceCount"] = Status.cudaErrorInsufficientDriver
+    with pytest.raises(EngineError, match="install or upgrade the NVIDIA driver"):
+        open_engine(graph, "ort-cuda")
+    ort.available = ["CPUExecutionProvider"]
+    with pytest.raises(EngineError, match="is the one for CPUs; pip uninstall onnxruntime, then"):
+        open_engine(graph, "ort-cuda")
+    ort.available = [fake_onnxruntime.CUDA]
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    with pytest.raises(EngineError, match="cuda-bindings is not installed; pip install 'regraft"):
+        open_engine(graph, "ort-cuda")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(EngineError, match="onnxruntime-gpu is not installed; pip install 'regraft"):
+        open_engine(graph, "ort-cuda")
+
+
+def test_too_little_memory_leaves_nothing_behind(ort: Fake, graph: Path) -> None:
+    with open_engine(graph, "ort-cuda") as engine:
+        engine.run(pixels(1))
+        before, ort.cudart.memory = ort.cudart.live, 1 << 12
+        with pytest.raises(EngineError, match=r"cudaMalloc failed.*free memory on the card"):
+            engine.run(pixels(64))
+        assert ort.cudart.live == before
+        engine.run(pixels(1))
+    assert ort.cudart.live == 0
+
+
+def test_build_verifies_warms_and_remembers(
+    ort: Fake, graph: Path, photos: list[Path], regraft: Callable[..., tuple[int, str, str]]
+) -> None:
+    words = ("build", graph.parent, "--engine", "ort-cuda", "--images", *photos)
+    code, out, err = regraft(*words)
+    assert code == 0
+    assert "model.onnx was exported without a graph for CUDA" in err
+    assert "parity of ort-cuda (fp32)" in out
+    assert "passed" in out
+    code, out, _ = regraft(*words)
+    assert "ort-cuda (fp32): built before" in out
+    ort.__version__ = "1.31.2"  # another version has to prove itself again
+    code, out, _ = regraft(*words)
+    assert (code, "ort-cuda (fp32): built\n" in out) == (0, True)
+
+
+def test_a_missed_limit_is_not_remembered(
+    ort: Fake,
+    graph: Path,
+    photos: list[Path],
+    regraft: Callable[..., tuple[int, str, str]],
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real_floats = ort.cudart.floats
+    # The card adds to every pixel that it reads.
+    monkeypatch.setattr(ort.cudart, "floats", lambda a, s: _off(real_floats(a, s), s))
+    words = ("build", graph.parent, "--engine", "ort-cuda", "--images", *photos)
+    code, _, err = regraft(*words)
+    assert code == 1
+    assert "ort-cuda is not equal to the graph that export verified" in err
+    assert not list(cache.rglob("key.json"))
+
+
+def _off(array: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    return array + 1 if len(shape) == 4 and shape[1:] == (3, 16, 16) else array
