@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from contextlib import redirect_stdout
+from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stdout
 
 import numpy as np
 import onnx
@@ -23,36 +24,43 @@ from regraft_export.graph.anchors import Anchors
 from regraft_export.graph.document import read, write
 from regraft_export.graph.drop_neutral_mask import drop_neutral_mask
 from regraft_export.graph.patch import LAST, POOLED, Traced
+from regraft_export.graph.rotary_tables import RotaryTable
+from regraft_export.vit.hooks import tables_replaced
 from regraft_export.vit.observe import observe
+from regraft_export.vit.rotary import neutral_rows, tables_of
 from regraft_export.vit.structure import VisionTransformer, from_module
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22}  # a bf16 Conv exists from opset 22 on
-_TOKENS = "regraft.tokens"
+_TOKENS, _ROTARY = "regraft.tokens", "regraft.rotary"
 
 
 class _WithAnchors(nn.Module):
-    """The model with its places as outputs; float32 in, the model's dtype out."""
+    """The model with its places as outputs; float32 in, the model's dtype out.
+
+    Tables of rotary positions are inputs: the model's own would be folded into whatever the
+    exporter makes of them, and could not be found again.
+    """
 
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()
         self.vit = vit
         self.module = vit.module
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, pixel_values: Tensor, tables: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
         entered: list[Tensor] = []
-        handle = self.vit.entry.register_forward_pre_hook(
-            lambda m, args, kwargs: entered.append(
-                args[0] if args else next(iter(kwargs.values()))
-            ),
-            with_kwargs=True,
-        )
-        try:
+        with ExitStack() as hooks:
+            handle = self.vit.entry.register_forward_pre_hook(
+                lambda m, args, kwargs: entered.append(
+                    args[0] if args else next(iter(kwargs.values()))
+                ),
+                with_kwargs=True,
+            )
+            hooks.callback(handle.remove)
+            hooks.enter_context(tables_replaced(self.vit, tables))
             seen = observe(
                 self.vit, pixel_values.to(self.vit.dtype), layers=range(self.vit.layout.depth)
             )
-        finally:
-            handle.remove()
         hidden = [seen.hidden[i] for i in range(self.vit.layout.depth)]
         pooled = [] if seen.pooled is None else [seen.pooled]
         return (seen.last_hidden_state, entered[0], *hidden, *pooled)
@@ -81,7 +89,9 @@ def trace(vit: VisionTransformer, image_size: tuple[int, int], precision: str = 
     names = [LAST, _TOKENS, *(f"hidden.{i}" for i in range(depth))]
     names += [POOLED] if pooled is not None else []
     opset = OPSETS[precision]
-    proto = _export(_WithAnchors(vit).eval(), example, names, opset)
+    tables = [] if vit.rotary is None else vit.rotary.tables()
+    inputs = [INPUT, *(f"{_ROTARY}.{i}" for i in range(len(tables)))]
+    proto = _export(_WithAnchors(vit).eval(), example, tables, inputs, names, opset)
     down = {i: _numpy(b.down.weight.detach().T) for i, b in enumerate(vit.blocks)}
     return Traced(
         proto=proto,
@@ -94,27 +104,45 @@ def trace(vit: VisionTransformer, image_size: tuple[int, int], precision: str = 
         pooled=None if pooled is None else tuple(pooled.shape[1:]),
         down=down,
         opset=opset,
+        tables={
+            name: RotaryTable(_numpy(table), _numpy(row))
+            for name, table, row in zip(inputs[1:], tables, _neutral(vit), strict=True)
+        },
     )
 
 
-def _export(module: nn.Module, example: Tensor, names: list[str], opset: int) -> onnx.ModelProto:
+def _neutral(vit: VisionTransformer) -> list[Tensor]:
+    """For each table the row that rotates nothing."""
+    if vit.rotary is None:
+        return []
+    return [row for value in vit.rotary.distinct() for row in neutral_rows(tables_of(value))]
+
+
+def _export(
+    module: nn.Module,
+    example: Tensor,
+    tables: list[Tensor],
+    inputs: list[str],
+    names: list[str],
+    opset: int,
+) -> onnx.ModelProto:
+    batch_grows = {0: torch.export.Dim("batch", min=1)}
     try:
         # The exporter prints its progress and warns of its own internals.
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module,
-                (example,),
+                (example, tables) if tables else (example,),
                 dynamo=True,
                 opset_version=opset,
-                input_names=[INPUT],
+                input_names=inputs,
                 output_names=names,
-                dynamic_shapes={INPUT: {0: torch.export.Dim("batch", min=1)}},
+                dynamic_shapes=(batch_grows, [None] * len(tables)) if tables else (batch_grows,),
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"PyTorch's ONNX exporter refuses this model: {reason}") from error
+        raise ModelError(f"PyTorch's ONNX exporter refuses this model: {_reason(error)}") from error
     assert program is not None  # dynamo=True without a file name always returns a program
     batch = program.model_proto.graph.input[0].type.tensor_type.shape.dim[0]
     if batch.HasField("dim_value"):
@@ -126,6 +154,13 @@ def _export(module: nn.Module, example: Tensor, names: list[str], opset: int) ->
     graph = read(program.model_proto)
     drop_neutral_mask(graph)
     return write(graph, shapes_changed=False)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the error behind all others: the exporter's own say which step failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _source(proto: onnx.ModelProto, output: str) -> str:

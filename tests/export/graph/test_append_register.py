@@ -62,6 +62,18 @@ TOKENWISE = {
         "int64[5] s = {-1, 1, 17, 1, 12}, int64[3] t = {0, 17, 12}",
         ["Reshape_0: 17 -> 19", "Reshape_1: 17 -> 19"],
     ),
+    "prefix and patches by themselves": (
+        "a, b = Split<axis = 1>(tokens, sizes) c = Reshape(b, s) d = Neg(c) e = Reshape(d, t) "
+        "final = Concat<axis = 1>(a, e)",
+        "int64[2] sizes = {1, 16}, int64[4] s = {-1, 16, 4, 3}, int64[3] t = {-1, 16, 12}",
+        ["Split_0: 16 -> 18", "Reshape_1: 16 -> 18", "Reshape_3: 16 -> 18"],
+    ),
+    "a product of merged tokens": (
+        "a = Reshape(tokens, s) b = Gemm<transB = 1>(a, w, c) final = Reshape(b, t)",
+        f"int64[2] s = {{-1, 12}}, int64[3] t = {{-1, 17, 12}}, float[12] c = {floats(range(12))}, "
+        f"float[12, 12] w = {floats(v % 7 for v in range(144))}",
+        ["Reshape_2: 17 -> 19"],
+    ),
     "expand": (
         "a = Unsqueeze(tokens, one) b = Expand(a, s) c = Gather<axis = 1>(b, zero) "
         "final = Identity(c)",
@@ -202,10 +214,21 @@ REFUSED = {
         "int64 axis = {1}",
         "node 'CumSum_0' (CumSum) reads tokens and what this operator does to them cannot",
     ),
-    "a split of the tokens": (
+    "a split into equal parts": (
+        "a, b = Split<axis = 1, num_outputs = 2>(tokens) final = Concat<axis = 1>(a, b)",
+        "",
+        "node 'Split_0' (Split) reads tokens and a split of the token axis into equal parts cannot",
+    ),
+    "parts in another order": (
         "a, b = Split<axis = 1>(tokens, sizes) final = Concat<axis = 1>(b, a)",
         "int64[2] sizes = {1, 16}",
-        "node 'Split_0' (Split) reads tokens and a split of the token axis cannot",
+        "node 'Concat_1' (Concat) reads tokens and a concatenation that puts something behind the "
+        "register cannot",
+    ),
+    "a product with transposed tokens": (
+        "a = Reshape(tokens, s) b = Gemm<transA = 1>(a, a) final = Gather<axis = 0>(b, zero)",
+        "int64[2] s = {-1, 12}, int64 zero = {0}",
+        "node 'Gemm_1' (Gemm) reads tokens and a product of (85, 12) and (85, 12) cannot",
     ),
     "an index from the end": (
         "a = Gather<axis = 1>(tokens, last) final = Sub(tokens, a)",

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from regraft.errors import ModelError
@@ -41,6 +42,7 @@ TEXT = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
+SIGLIP_TEXT = {name: TEXT[name] for name in TEXT if not name.endswith("_id")}
 SQUARE_PROCESSOR = {"size": {"height": 56, "width": 56}}
 CROP_PROCESSOR = {"size": {"shortest_edge": 64}, "crop_size": {"height": 56, "width": 56}}
 
@@ -62,9 +64,27 @@ def build(kind: str) -> Any:
         "CLIPModel": lambda: t.CLIPModel(
             t.CLIPConfig(vision_config=SIZES, text_config=TEXT, projection_dim=24)
         ),
+        "SiglipVisionModel": lambda: t.SiglipVisionModel(t.SiglipVisionConfig(**SIZES)),
+        "SiglipModel": lambda: t.SiglipModel(
+            t.SiglipConfig(vision_config=SIZES, text_config=SIGLIP_TEXT)
+        ),
+        "DINOv3ViTModel": lambda: t.DINOv3ViTModel(
+            t.DINOv3ViTConfig(**SIZES, num_register_tokens=4)
+        ),
+        "InternVLVisionModel": lambda: t.InternVLVisionModel(t.InternVLVisionConfig(**SIZES)),
+        "ViTMAEForPreTraining": lambda: t.ViTMAEForPreTraining(
+            t.ViTMAEConfig(
+                **SIZES,
+                decoder_hidden_size=16,
+                decoder_num_hidden_layers=1,
+                decoder_num_attention_heads=2,
+                decoder_intermediate_size=32,
+                mask_ratio=0.0,
+            )
+        ),
         "ViTForImageClassification": lambda: t.ViTForImageClassification(t.ViTConfig(**SIZES)),
     }
-    model = models[kind]().eval()
+    model = models[kind]().eval().requires_grad_(False)  # as loaded ones are: other kernels run
     # Position embeddings that start as zeros would let a wrong resampling pass.
     for name, parameter in model.named_parameters():
         if "position" in name:
@@ -77,8 +97,10 @@ def saved(tmp_path: Path) -> Callable[[str], tuple[Any, str]]:
     def save(kind: str) -> tuple[Any, str]:
         model, folder = build(kind), tmp_path / kind
         model.save_pretrained(folder)
-        if kind.startswith("Dinov2"):
+        if kind.startswith(("Dinov2", "DINOv3", "InternVL")):
             BitImageProcessorPil(**CROP_PROCESSOR).save_pretrained(folder)
+        elif kind.startswith("Siglip"):
+            SiglipImageProcessorPil(**SQUARE_PROCESSOR).save_pretrained(folder)
         elif kind.startswith("ViT"):
             ViTImageProcessorPil(**SQUARE_PROCESSOR).save_pretrained(folder)
         elif kind.startswith("DeiT"):
@@ -103,7 +125,13 @@ FAMILIES = (
     "DeiTModel",
     "CLIPVisionModel",
     "CLIPVisionModelWithProjection",
+    "SiglipVisionModel",
+    "DINOv3ViTModel",
+    "InternVLVisionModel",
 )
+SQUARE_ALONE = ("CLIP", "Siglip")
+# These take any size in every pass, the others when asked to.
+ANY_SIZE = ("Dinov2", "DINOv3", "InternVL")
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -127,7 +155,7 @@ def test_another_image_size(
     """The resampled embedding gives what transformers gives when it resamples in the pass."""
     model, source = saved(kind)
     overrides = PreprocessingOverrides(image_size=size)
-    if kind.startswith("CLIP") and size[0] != size[1]:
+    if kind.startswith(SQUARE_ALONE) and size[0] != size[1]:
         with pytest.raises(ModelError) as caught:
             load(source, overrides=overrides)
         assert str(caught.value) == (
@@ -135,7 +163,7 @@ def test_another_image_size(
         )
         return
     module = load(source, overrides=overrides).module
-    options = {} if kind.startswith("Dinov2") else {"interpolate_pos_encoding": True}
+    options = {} if kind.startswith(ANY_SIZE) else {"interpolate_pos_encoding": True}
     with torch.no_grad():
         expected = model(pixels(*size), **options).last_hidden_state
         torch.testing.assert_close(module(pixels(*size)).last_hidden_state, expected)
@@ -168,6 +196,44 @@ def test_a_whole_clip_gives_its_vision_tower_with_projection(
         expected = model.get_image_features(pixels(56, 56))
         expected = getattr(expected, "pooler_output", expected)
         torch.testing.assert_close(loaded.module(pixels(56, 56)).image_embeds, expected)
+
+
+def test_a_whole_siglip_gives_its_vision_tower(saved: Callable[[str], tuple[Any, str]]) -> None:
+    model, source = saved("SiglipModel")
+    loaded = load(source)
+    assert loaded.architecture == "SiglipVisionModel"
+    with torch.no_grad():
+        expected = model.vision_model(pixels(56, 56)).pooler_output
+        torch.testing.assert_close(loaded.module(pixels(56, 56)).pooler_output, expected)
+
+
+def test_an_mae_gives_the_plain_vit_without_shuffling(
+    saved: Callable[[str], tuple[Any, str]],
+) -> None:
+    model, source = saved("ViTMAEForPreTraining")
+    loaded = load(source)
+    assert loaded.architecture == "ViTModel"
+    in_order = torch.arange(16.0).expand(2, -1)  # what MAE sorts its patches by
+    with torch.no_grad():
+        expected = model.vit(pixels(56, 56), noise=in_order).last_hidden_state
+        got = loaded.module(pixels(56, 56))
+    torch.testing.assert_close(got.last_hidden_state, expected)
+    assert got.pooler_output is None
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (transformers.BeitConfig, "BEiT adds a relative position bias inside attention"),
+        (transformers.Siglip2Config, "this is SigLIP 2 with images of any aspect (NaFlex)"),
+        (transformers.Siglip2VisionConfig, "this is SigLIP 2 with images of any aspect (NaFlex)"),
+    ],
+)
+def test_models_that_cannot_be_taken_say_why(config: Any, reason: str, tmp_path: Path) -> None:
+    config().save_pretrained(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        load(f"hf:{tmp_path}")
+    assert str(caught.value).startswith(f"hf:{tmp_path}: {reason}")
 
 
 def test_a_classifier_gives_its_backbone_without_a_random_pooler(
@@ -269,7 +335,8 @@ def test_other_architectures(tmp_path: Path) -> None:
         load(f"hf:{tmp_path}")
     assert str(caught.value) == (
         f"hf:{tmp_path}: model_type is 'bert'; expected one of dinov2, dinov2_with_registers, vit, "
-        "deit, clip_vision_model, clip"
+        "deit, clip_vision_model, clip, "
+        "siglip_vision_model, siglip, dinov3_vit, vit_mae, internvl_vision"
     )
 
 
@@ -298,6 +365,7 @@ def test_without_a_processor_the_options_say_it_all(tmp_path: Path) -> None:
     assert complete.weights_sha256 == said.weights_sha256
 
 
+OPTIONS = "all of --image-size, --mean, --std, --interpolation, --crop-pct and --crop-mode"
 PROCESSORS = [
     CLIPImageProcessorPil(),
     CLIPImageProcessorPil(size={"shortest_edge": 97}, crop_size={"height": 97, "width": 97}),
@@ -311,6 +379,8 @@ PROCESSORS = [
     ViTImageProcessorPil(size=96, resample=1),
     DeiTImageProcessorPil(),
     DeiTImageProcessorPil(size={"height": 70, "width": 300}, resample=0),
+    SiglipImageProcessorPil(),
+    SiglipImageProcessorPil(size={"height": 98, "width": 98}, resample=2),
 ]
 
 
@@ -334,13 +404,13 @@ def test_equals_the_image_processor(
             {"image_processor_type": "ConvNextImageProcessor"},
             "test: the image processor is ConvNextImageProcessor; expected one of "
             "BitImageProcessor, CLIPImageProcessor, DeiTImageProcessor, SiglipImageProcessor, "
-            "ViTImageProcessor",
+            f"ViTImageProcessor, or {OPTIONS}",
         ),
         (
             {"image_processor_type": "CLIPImageProcessor", "do_pad": True},
             "test: the image processor is CLIPImageProcessor with do_pad; expected one of "
             "BitImageProcessor, CLIPImageProcessor, DeiTImageProcessor, SiglipImageProcessor, "
-            "ViTImageProcessor",
+            f"ViTImageProcessor, or {OPTIONS}",
         ),
         (
             {"image_processor_type": "CLIPImageProcessor", "image_std": [0, 1, 1]},

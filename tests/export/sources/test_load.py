@@ -77,7 +77,10 @@ def test_spoiled_weights_are_refused(source: str) -> None:
     )
 
 
-FORMS = "timm:NAME, hf:REPO_OR_FOLDER, python:FILE.py:FUNCTION"
+FORMS = (
+    "timm:NAME, hf:REPO_OR_FOLDER, open_clip:ARCH/PRETRAINED, hub:REPO:ENTRY, "
+    "python:FILE.py:FUNCTION"
+)
 
 
 @pytest.mark.parametrize("model", ["vit_base_patch16_224", "tf:x", "timm:", ":x", ""])
@@ -87,20 +90,13 @@ def test_other_forms_are_refused(model: str) -> None:
     assert str(caught.value) == f"{model!r} is not a model; expected one of {FORMS}"
 
 
-@pytest.mark.parametrize("scheme", ["open_clip", "hub"])
-def test_planned_schemes_say_so(scheme: str) -> None:
-    with pytest.raises(ModelError) as caught:
-        load(f"{scheme}:a/b")
-    assert str(caught.value) == (
-        f"{scheme}:a/b: models from {scheme} are not supported yet; expected one of {FORMS}"
-    )
-
-
 @pytest.mark.parametrize(
     ("model", "blocked", "extra"),
     [
         ("timm:vit_tiny_patch16_224", "timm", "timm"),
         ("hf:some/repo", "transformers", "hf"),
+        ("open_clip:ViT-B-16/openai", "open_clip", "open-clip"),
+        ("hub:a/b:f", "torch", "torch"),
         ("python:a.py:f", "torch", "torch"),
         ("timm:vit_tiny_patch16_224", "torch", "timm"),
     ],
@@ -108,7 +104,8 @@ def test_planned_schemes_say_so(scheme: str) -> None:
 def test_missing_packages_say_what_to_install(
     model: str, blocked: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("timm_source", "hf_source", "python_source", "weights"):
+    modules = ("timm_source", "hf_source", "open_clip_source", "hub_source", "python_source")
+    for name in (*modules, "weights"):
         monkeypatch.delitem(sys.modules, f"{sources.__name__}.{name}", raising=False)
         monkeypatch.delattr(sources, name, raising=False)
     monkeypatch.setitem(sys.modules, blocked, None)

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import transformers as tf
-from tests.support.handmade_vit import CONFIG, HandmadeVit, not_a_vit
+from tests.support.handmade_vit import CONFIG, WIDTH, Block, HandmadeVit, not_a_vit
 from tests.support.models import FAMILIES, vit
 from torch import Tensor, nn
 
@@ -128,38 +128,63 @@ def test_a_swin_is_refused() -> None:
     )
 
 
-def test_rotary_positions_are_refused() -> None:
-    module = timm.create_model(
-        "eva02_tiny_patch14_224", img_size=56, depth=2, embed_dim=48, num_heads=3, num_classes=0
-    )
-    assert refusal(module, (56, 56)) == (
-        "this model gives positions inside attention (rope); an appended register would shift or "
-        "lack a position, so it is refused in this version"
+def test_further_tensors_beside_the_tokens_are_refused() -> None:
+    class Biased(HandmadeVit):
+        def forward(self, pixels: Tensor) -> Tensor:
+            x = self.cut(pixels).flatten(2).transpose(1, 2)
+            for layer in self.layers:
+                x = layer(x, torch.zeros(16, 16))
+            return x
+
+    class Taking(nn.Module):
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+            return self.block(x)
+
+    module = Biased()
+    module.layers = nn.ModuleList(Taking(block) for block in module.layers)
+    assert refusal(module) == (
+        "this model gives its blocks further tensors beside the tokens (argument 2); expected "
+        "none, or tables of cosines and sines with one row for each of the 16 patches (rotary "
+        "positions): an appended register would lack an entry in anything else, and a relative "
+        "position bias has no neutral value to give it"
     )
 
 
-def test_a_relative_position_bias_is_refused() -> None:
-    module = timm.create_model(
-        "beit_base_patch16_224", img_size=32, depth=2, embed_dim=48, num_heads=3, num_classes=0
-    )
-    message = refusal(module)
-    assert message.startswith(
-        "this model gives positions inside attention (attn.relative_position_bias_table"
+def test_a_norm_after_the_residual_sum_is_refused() -> None:
+    class PostNorm(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.before_mlp(super().forward(x))
+
+    module = HandmadeVit()
+    module.layers = nn.ModuleList(PostNorm() for _ in module.layers)
+    assert refusal(module) == (
+        "block 0 (PostNorm): what its MLP writes is changed by more than one factor per channel "
+        "before it reaches the next block (a norm after the residual sum?); expected "
+        "x + gamma * MLP(norm(x))"
     )
 
 
-def test_a_dinov3_is_refused() -> None:
-    config = tf.DINOv3ViTConfig(
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=96,
-        image_size=32,
-        patch_size=8,
-        num_register_tokens=4,
-    )
-    message = refusal(tf.DINOv3ViTModel(config))
-    assert message.startswith("this model gives positions inside attention (position_embeddings")
+def test_a_scale_that_is_a_bare_parameter_of_the_block_is_found() -> None:
+    class Scaled(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Parameter(torch.rand(WIDTH))
+            self.second = nn.Parameter(torch.rand(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.first * self.attention(self.before_attention(x))
+            written = self.narrow(nn.functional.gelu(self.widen(self.before_mlp(x))))
+            return x + written.mul_(self.second)
+
+    module = HandmadeVit()
+    module.layers = nn.ModuleList(Scaled() for _ in module.layers)
+    for block, own in zip(from_module(module.eval(), SIZE).blocks, module.layers, strict=True):
+        assert block.scale is not None
+        torch.testing.assert_close(block.scale, own.second)
 
 
 def test_two_narrowing_layers_in_a_block_are_refused() -> None:

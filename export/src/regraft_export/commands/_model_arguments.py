@@ -21,7 +21,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="timm:NAME, hf:REPO_OR_FOLDER, or python:FILE.py:FUNCTION, a function that returns an "
+        help="timm:NAME, hf:REPO_OR_FOLDER, open_clip:ARCH/PRETRAINED, hub:REPO:ENTRY (torch.hub; "
+        "runs the repository's code), or python:FILE.py:FUNCTION, a function that returns an "
         "nn.Module, or a pair of it and a dict with timm's data-config names (models of "
         "timm.create_model bring their own)",
     )
@@ -30,6 +31,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="safetensors, or a checkpoint of tensors alone, instead of the download",
+    )
+    parser.add_argument(
+        "--trust-repo",
+        action="store_true",
+        help="let hub: run the code of a repository that torch.hub does not trust yet",
     )
     group = parser.add_argument_group("preprocessing (default: the model's own)")
     group.add_argument(
@@ -66,4 +72,4 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
         crop_pct=args.crop_pct,
         crop_mode=args.crop_mode,
     )
-    return load(args.model, weights=args.weights, overrides=overrides)
+    return load(args.model, weights=args.weights, overrides=overrides, trust_repo=args.trust_repo)

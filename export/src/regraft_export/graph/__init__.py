@@ -6,6 +6,7 @@
   through every operator and find baked token counts.
 - ``drop_neutral_mask.py``: rewrite: attention masks that mask nothing go.
 - ``append_register.py``: rewrite: the register enters, baked token counts grow.
+- ``rotary_tables.py``: rewrite: rotary positions become constants, with rows for the register.
 - ``redirect_neurons.py``: rewrite: a down-projection's register neurons go to the register.
 - ``remove_register.py``: rewrite: the register is cut off before anything pools or leaves.
 - ``attention_outputs.py``, ``norm_outputs.py``: rewrites that add outputs.

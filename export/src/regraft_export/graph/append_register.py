@@ -2,11 +2,14 @@
 
 1. ``tokens`` (B, T, D) is padded with R zero rows: one Pad node, which needs no batch size.
 2. Every baked token count between the token entry and ``final`` becomes T + R.
+3. Tables of rotary positions get R rows that rotate nothing.
 
 Before::  tokens -> block 0            After::  tokens -> Pad -> block 0
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -14,11 +17,16 @@ import onnx_graphsurgeon as gs
 from regraft.errors import RewriteError
 from regraft_export.graph.anchors import Anchors
 from regraft_export.graph.document import Editor, ancestors, consumers, replace_uses, tensor
+from regraft_export.graph.rotary_tables import RotaryTable, bind_rotary_tables, table_dims
 from regraft_export.graph.token_axis import TokenAxis
 
 
 def append_register(
-    graph: gs.Graph, anchors: Anchors, shape: tuple[int, int], registers: int
+    graph: gs.Graph,
+    anchors: Anchors,
+    shape: tuple[int, int],
+    registers: int,
+    tables: Mapping[str, RotaryTable] | None = None,
 ) -> list[str]:
     """Appends the registers.
 
@@ -27,6 +35,7 @@ def append_register(
         anchors: its places.
         shape: (T, D) of the tokens.
         registers: R.
+        tables: of rotary positions, by name of the graph's input.
 
     Returns:
         The mended constants, as ``node: before -> after``.
@@ -38,12 +47,13 @@ def append_register(
     graph.toposort()
     tokens = tensor(graph, anchors.tokens)
     inside = _nodes_of_the_network(graph, anchors)
-    axis = TokenAxis(tokens, shape, registers)
+    axis = TokenAxis(tokens, shape, registers, table_dims(graph, tables or {}, registers))
     for node in graph.nodes:
         if id(node) in inside:
             axis.visit(node)
     _refuse_leaks(graph, anchors, axis, inside)
     mended = _mend(graph, axis)
+    bind_rotary_tables(graph, tables or {}, registers)
     editor = Editor(graph)
     pads = editor.constant("regraft.pads", np.array([0, 0, 0, 0, registers, 0], dtype=np.int64))
     padded = editor.node("Pad", "regraft.append_register", [tokens, pads], {"mode": "constant"})

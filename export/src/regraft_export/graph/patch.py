@@ -7,7 +7,7 @@ patched or not, with the user's outputs or as a probe.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
@@ -27,6 +27,7 @@ from regraft_export.graph.document import read, tensor, write
 from regraft_export.graph.norm_outputs import token_norms
 from regraft_export.graph.redirect_neurons import redirect_neurons
 from regraft_export.graph.remove_register import REGISTERS, remove_register, set_outputs
+from regraft_export.graph.rotary_tables import RotaryTable, bind_rotary_tables
 
 LAST, POOLED = "last_hidden_state", "pooler_output"
 
@@ -42,6 +43,7 @@ class Traced:
         pooled: shape of ``pooler_output`` without the batch, or None.
         down: {layer: (hidden, D)}, weights of the down-projections in the graph's dtype.
         opset: of the default domain.
+        tables: of rotary positions, by name of the proto's input; none in most models.
     """
 
     proto: onnx.ModelProto
@@ -50,6 +52,7 @@ class Traced:
     pooled: tuple[int, ...] | None
     down: Mapping[int, NDArray[np.generic]]
     opset: int
+    tables: Mapping[str, RotaryTable] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,8 @@ def build(traced: Traced, patch: Patch | None, wanted: Wanted) -> Built:
         layout = replace(layout, test_time_registers=patch.options.registers)
         rewritten = _patch(graph, traced, patch, wanted, layout, spans)
         values |= rewritten.cut
+    else:
+        bind_rotary_tables(graph, traced.tables, 0)
     outputs: _Outputs = {LAST: (values[anchors.final], _tokens_shape(layout))}
     # A probe measures the block's raw output, registers included, not what was cut from it.
     raw = {name: tensor(graph, name) for name in anchors.hidden}
@@ -158,7 +163,8 @@ def _patch(
 ) -> _Rewritten:
     anchors, options, layers = traced.anchors, patch.options, patch.neurons.layers
     downs = {i: places.down_projection(spans[i], traced.down[i], i) for i in layers}
-    mended = append_register(graph, anchors, (layout.count, layout.width), options.registers)
+    shape = (layout.count, layout.width)
+    mended = append_register(graph, anchors, shape, options.registers, traced.tables)
     added = {
         i: redirect_neurons(graph, down, patch.neurons.of(i), options, layout)
         for i, down in downs.items()

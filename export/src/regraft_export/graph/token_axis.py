@@ -26,7 +26,8 @@ class TokenAxis:
     """The analysis of one graph.
 
     Attributes:
-        dims: dimensions of every tensor that was visited, by id.
+        dims: dimensions of every tensor that was visited, by id; given at first for tensors that
+            enter the network beside the tokens and grow with them.
         settled: baked element -> what the nodes that depend on it need it to be.
     """
 

@@ -92,6 +92,15 @@ def _matmul(axis: TokenAxis, node: gs.Node) -> list[Dims]:
     return [Dims(*results)]
 
 
+def _gemm(axis: TokenAxis, node: gs.Node) -> list[Dims]:
+    """A product of matrices: tokens merged with the batch, times a weight."""
+    a, b = axis.need(node, 0), axis.need(node, 1)
+    if node.attrs.get("transA", 0) or any(b.carries(k) for k in range(len(b.before))):
+        raise axis.undecided(node, f"a product of {a.before} and {b.before}")
+    width = b.before[0 if node.attrs.get("transB", 0) else 1]
+    return [Dims((a.before[0], width), (a.after[0], width))]
+
+
 def _transpose(axis: TokenAxis, node: gs.Node) -> list[Dims]:
     pairs = axis.need(node, 0).pairs()
     order = node.attrs.get("perm") or list(range(len(pairs)))[::-1]
@@ -145,7 +154,8 @@ def _group(
     before, after = prod(b for b, _ in taken), prod(a for _, a in taken)
     if before == after:
         return [(m, m) for m in made]
-    T = axis.shape[0]
+    # An axis of tokens by itself tells how many there are: all, or (rotary positions) the patches.
+    T = next((b for b, a in taken if a - b == axis.registers), axis.shape[0])
     carriers = [k for k, m in enumerate(made) if m % T == 0]
     if len(carriers) != 1 or not _aligned(T, taken, made, carriers[0]):
         raise axis.undecided(node, f"which of the dimensions {tuple(made)} holds the tokens")
@@ -201,7 +211,7 @@ def _split(axis: TokenAxis, node: gs.Node) -> list[Dims]:
     dims = axis.need(node, 0)
     k = int(node.attrs.get("axis", 0)) % len(dims.before)
     if dims.carries(k):
-        raise axis.undecided(node, "a split of the token axis")
+        return _split_tokens(axis, node, dims, k)
     if len(node.inputs) > 1:
         sizes = axis.numbers(node, 1, "split sizes")
     else:
@@ -210,6 +220,22 @@ def _split(axis: TokenAxis, node: gs.Node) -> list[Dims]:
         sizes = [size] * (parts - 1) + [dims.before[k] - size * (parts - 1)]
     pairs = dims.pairs()
     return [from_pairs([*pairs[:k], (size, size), *pairs[k + 1 :]]) for size in sizes]
+
+
+def _split_tokens(axis: TokenAxis, node: gs.Node, dims: Dims, k: int) -> list[Dims]:
+    """The registers stand last, so the last part takes them."""
+    if len(node.inputs) < 2:
+        raise axis.undecided(node, "a split of the token axis into equal parts")
+    sizes = elements_of(axis.values(node, 1, "split sizes"))
+    more = dims.after[k] - dims.before[k]
+    if sum(e.before for e in sizes) != dims.before[k]:
+        raise axis.undecided(node, "a split of the token axis")
+    wanted = [(e.before, e.before) for e in sizes[:-1]]
+    wanted.append((sizes[-1].before, sizes[-1].before + more))
+    for element, pair in zip(sizes, wanted, strict=True):
+        axis.expect(node, element, pair)
+    pairs = dims.pairs()
+    return [from_pairs([*pairs[:k], pair, *pairs[k + 1 :]]) for pair in wanted]
 
 
 def _squeeze(axis: TokenAxis, node: gs.Node) -> list[Dims]:
@@ -243,6 +269,8 @@ def _gather(axis: TokenAxis, node: gs.Node) -> list[Dims]:
 def _concat(axis: TokenAxis, node: gs.Node) -> list[Dims]:
     shapes = [axis.need(node, i).pairs() for i in _slots(node)]
     k = int(node.attrs["axis"]) % len(shapes[0])
+    if any(before != after for before, after in (s[k] for s in shapes[:-1])):
+        raise axis.undecided(node, "a concatenation that puts something behind the register")
     joined = (sum(s[k][0] for s in shapes), sum(s[k][1] for s in shapes))
     if any([*s[:k], *s[k + 1 :]] != [*shapes[0][:k], *shapes[0][k + 1 :]] for s in shapes):
         raise axis.undecided(node, "a concatenation with something that has one entry per token")
@@ -265,6 +293,7 @@ def _reduce(axis: TokenAxis, node: gs.Node) -> list[Dims]:
 
 RULES: dict[str, Callable[[TokenAxis, gs.Node], list[Dims]]] = {
     "MatMul": _matmul,
+    "Gemm": _gemm,
     "Transpose": _transpose,
     "Reshape": _reshape,
     "Expand": _expand,

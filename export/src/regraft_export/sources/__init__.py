@@ -25,10 +25,15 @@ __all__ = ["LoadedModel", "PreprocessingOverrides", "load"]
 _SCHEMES = {
     "timm": "regraft_export.sources.timm_source",
     "hf": "regraft_export.sources.hf_source",
+    "open_clip": "regraft_export.sources.open_clip_source",
+    "hub": "regraft_export.sources.hub_source",
     "python": "regraft_export.sources.python_source",
 }
-_PLANNED = ("open_clip", "hub")
-_FORMS = "timm:NAME, hf:REPO_OR_FOLDER, python:FILE.py:FUNCTION"
+_FORMS = (
+    "timm:NAME, hf:REPO_OR_FOLDER, open_clip:ARCH/PRETRAINED, hub:REPO:ENTRY, "
+    "python:FILE.py:FUNCTION"
+)
+_EXTRAS = {"timm": "timm", "hf": "hf", "open_clip": "open-clip"}
 
 
 @dataclass(frozen=True)
@@ -57,34 +62,36 @@ def load(
     weights: Path | None = None,
     overrides: PreprocessingOverrides | None = None,
     preprocessing: Preprocessing | None = None,
+    trust_repo: bool = False,
 ) -> LoadedModel:
     """Loads MODEL.
 
     Args:
-        model: ``timm:NAME``, ``hf:REPO_OR_FOLDER`` or ``python:FILE.py:FUNCTION``.
+        model: ``timm:NAME``, ``hf:REPO_OR_FOLDER``, ``open_clip:ARCH/PRETRAINED``,
+            ``hub:REPO:ENTRY`` or ``python:FILE.py:FUNCTION``.
         weights: a checkpoint to use instead of the download: safetensors, or a pickle of tensors.
         overrides: what replaces parts of the model's own preprocessing.
         preprocessing: replaces all of it, and the overrides; the model then needs none of its own.
+        trust_repo: for ``hub:`` alone: whether a repository new to torch.hub may be run.
 
     Raises:
         ModelError: no such scheme, package, model or weights; weights that do not fit or are not
             finite; preprocessing that is missing or malformed.
     """
     scheme, colon, rest = model.partition(":")
-    if scheme in _PLANNED:
-        raise ModelError(
-            f"{model}: models from {scheme} are not supported yet; expected one of {_FORMS}"
-        )
     if scheme not in _SCHEMES or not colon or not rest:
         raise ModelError(f"{model!r} is not a model; expected one of {_FORMS}")
+    if trust_repo and scheme != "hub":
+        raise ModelError(f"{model}: --trust-repo is for models of hub:REPO:ENTRY alone")
     try:
         from regraft_export.sources import weights as weights_module
 
         source = importlib.import_module(_SCHEMES[scheme])
     except ModuleNotFoundError as error:
         raise missing_package(model, scheme, error) from error
+    trust = {"trust_repo": True} if trust_repo else {}
     module, preprocessing = source.load(
-        rest, weights, overrides or PreprocessingOverrides(), preprocessing
+        rest, weights, overrides or PreprocessingOverrides(), preprocessing, **trust
     )
     module = module.cpu().float().eval().requires_grad_(False)
     weights_module.check_finite(module, f"{model}" if weights is None else f"{weights}")
@@ -99,7 +106,7 @@ def load(
 
 def missing_package(model: str, scheme: str, error: ModuleNotFoundError) -> ModelError:
     """The error for a scheme whose packages are not installed."""
-    extra = scheme if scheme in ("timm", "hf") else "torch"
+    extra = _EXTRAS.get(scheme, "torch")
     return ModelError(
         f"{model}: the package {error.name!r} is not installed; "
         f"run `pip install 'regraft-export[{extra}]'`"

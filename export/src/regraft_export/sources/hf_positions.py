@@ -25,8 +25,8 @@ def fix_image_size(subject: str, module: nn.Module, image_size: tuple[int, int])
     config: Any = module.config
     native, patch = _pair(config.image_size), _pair(config.patch_size)
     check_patches(subject, image_size, patch)
-    if native == image_size:
-        return
+    if native == image_size or hasattr(module, "rope_embeddings"):
+        return  # rotary positions are computed from the picture's size
     embeddings: Any = _embeddings(subject, module)
     learned = isinstance(getattr(embeddings, "position_embeddings", None), nn.Parameter)
     if not learned and image_size[0] != image_size[1]:
@@ -42,10 +42,9 @@ def fix_image_size(subject: str, module: nn.Module, image_size: tuple[int, int])
         embeddings.position_embedding = nn.Embedding(positions.shape[1], positions.shape[2])
         embeddings.position_embedding.weight = nn.Parameter(positions[0], requires_grad=False)
         embeddings.position_ids = torch.arange(positions.shape[1])[None]
-        embeddings.num_positions, embeddings.num_patches = (
-            positions.shape[1],
-            positions.shape[1] - 1,
-        )
+        prefix = embeddings.num_positions - embeddings.num_patches
+        embeddings.num_positions = positions.shape[1]
+        embeddings.num_patches = positions.shape[1] - prefix
         embeddings.image_size = image_size[0]
     # DINOv2 asks for the resampled embedding in every pass; it has it already.
     embeddings.interpolate_pos_encoding = types.MethodType(_fixed_positions, embeddings)

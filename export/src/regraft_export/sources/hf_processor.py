@@ -22,6 +22,7 @@ _PLAIN = (
     "SiglipImageProcessor",
     "ViTImageProcessor",
 )
+_OPTIONS = "--image-size, --mean, --std, --interpolation, --crop-pct and --crop-mode"
 
 
 def preprocessing_of(subject: str, name: str) -> Preprocessing:
@@ -36,13 +37,14 @@ def preprocessing_of(subject: str, name: str) -> Preprocessing:
     except Exception as error:
         raise ModelError(
             f"{subject}: preprocessor_config.json cannot be loaded ({reason(error)}); give "
-            "--image-size, --mean, --std, --interpolation, --crop-pct and --crop-mode instead"
+            f"{_OPTIONS} instead"
         ) from error
     kind = type(processor).__name__.removesuffix("Pil").removesuffix("Fast")
     if kind not in _PLAIN or getattr(processor, "do_pad", False):
         what = f"{kind} with do_pad" if kind in _PLAIN else kind
         raise ModelError(
-            f"{subject}: the image processor is {what}; expected one of {', '.join(_PLAIN)}"
+            f"{subject}: the image processor is {what}; expected one of {', '.join(_PLAIN)}, or "
+            f"all of {_OPTIONS}"
         )
     try:
         return _translate(processor)

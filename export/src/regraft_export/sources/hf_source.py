@@ -33,7 +33,19 @@ _CLASSES = {
     "deit": "DeiTModel",
     "clip_vision_model": "CLIPVisionModel",
     "clip": "CLIPVisionModelWithProjection",
+    "siglip_vision_model": "SiglipVisionModel",
+    "siglip": "SiglipVisionModel",  # SigLIP 2 too, where its resolution is fixed
+    "dinov3_vit": "DINOv3ViTModel",
+    "vit_mae": "ViTModel",  # ViTMAEModel shuffles its patches
+    "internvl_vision": "InternVLVisionModel",
 }
+_REFUSED = {
+    "beit": "BEiT adds a relative position bias inside attention, and there is no neutral value to "
+    "give a register",
+    "siglip2": "this is SigLIP 2 with images of any aspect (NaFlex), which takes cut patches; "
+    "its checkpoints of a fixed resolution are of model_type siglip",
+}
+_REFUSED["siglip2_vision_model"] = _REFUSED["siglip2"]
 _WITH_PROJECTION = "CLIPVisionModelWithProjection"
 # Keys of the parts that are left out on purpose.
 _OTHER_PARTS = (
@@ -42,6 +54,7 @@ _OTHER_PARTS = (
     "distillation_classifier.",
     "decoder.",
     "pooler.",
+    "logit_bias",
     "logit_scale",
     "text_",
     "visual_projection.",
@@ -90,6 +103,8 @@ def _module(subject: str, name: str, weights: Path | None) -> nn.Module:
             "the connection"
         ) from error
     architecture = _CLASSES.get(config.model_type)
+    if config.model_type in _REFUSED:
+        raise ModelError(f"{subject}: {_REFUSED[config.model_type]}")
     if architecture is None:
         raise ModelError(
             f"{subject}: model_type is {config.model_type!r}; expected one of {', '.join(_CLASSES)}"
@@ -100,6 +115,10 @@ def _module(subject: str, name: str, weights: Path | None) -> nn.Module:
         # The tower's own configuration does not carry the size of the joint space.
         config.vision_config.projection_dim = config.projection_dim
         config = config.vision_config
+    elif config.model_type == "siglip":
+        config = config.vision_config
+    elif config.model_type == "vit_mae":
+        config = _as_vit(config)
     kind = getattr(transformers, architecture)
     module, info = _pretrained(subject, kind, name, config, weights)
     missing = info["missing_keys"]
@@ -117,6 +136,14 @@ def _module(subject: str, name: str, weights: Path | None) -> nn.Module:
         ),
     )
     return module
+
+
+def _as_vit(config: Any) -> Any:
+    """The configuration of the plain ViT whose weights an MAE checkpoint has."""
+    own = config.to_dict()
+    shared = transformers.ViTConfig().to_dict().keys() & own.keys()
+    skipped = ("model_type", "architectures", "transformers_version")
+    return transformers.ViTConfig(**{k: own[k] for k in shared if k not in skipped})
 
 
 def _pretrained(

@@ -7,8 +7,9 @@ form instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from regraft.errors import NeuronsError
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft.redirect import RedirectOptions
 from regraft.tokens import TokenLayout
-from regraft_export.vit.structure import VisionTransformer, first_tensor
+from regraft_export.vit.parts import VisionTransformer, first_tensor
+from regraft_export.vit.rotary import argument_of, extended, tables_of
 
 
 @contextmanager
@@ -42,7 +44,10 @@ def redirected(
 
 @contextmanager
 def registers_appended(vit: VisionTransformer, count: int) -> Iterator[None]:
-    """Within it, ``count`` zero tokens run through the network and are removed after it."""
+    """Within it, ``count`` zero tokens run through the network and are removed after it.
+
+    Where the blocks are given rotary positions, the registers get rows that rotate nothing.
+    """
 
     def append(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
@@ -59,6 +64,7 @@ def registers_appended(vit: VisionTransformer, count: int) -> Iterator[None]:
         stack.callback(handle.remove)
         handle = vit.final.register_forward_hook(remove)
         stack.callback(handle.remove)
+        stack.enter_context(_tables_changed(vit, lambda i, value: extended(value, count)))
         yield
 
 
@@ -76,6 +82,38 @@ def silenced(vit: VisionTransformer, neurons: Iterable[RegisterNeuron]) -> Itera
                 return (args[0].index_fill(-1, chosen, 0.0), *args[1:])
 
             handle = vit.blocks[layer].down.register_forward_pre_hook(zero)
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def tables_replaced(vit: VisionTransformer, tables: Sequence[Tensor]) -> Iterator[None]:
+    """Within it, blocks are given these tables of rotary positions, ordered as the model's own."""
+
+    def given(block: int, value: Any) -> Any:
+        assert vit.rotary is not None  # without one nothing is replaced
+        size = len(tables_of(value))
+        start = vit.rotary.index(block) * size
+        return argument_of(tables[start : start + size])
+
+    with _tables_changed(vit, given):
+        yield
+
+
+@contextmanager
+def _tables_changed(vit: VisionTransformer, change: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Within it, block i is given ``change(i, tables)``; nothing happens in other models."""
+    rotary = vit.rotary
+    with ExitStack() as stack:
+        for i, block in enumerate(vit.blocks if rotary is not None else ()):
+
+            def hook(
+                m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i
+            ) -> Any:
+                assert rotary is not None  # or there were no hook
+                return rotary.replaced(args, kwargs, partial(change, i))
+
+            handle = block.module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 

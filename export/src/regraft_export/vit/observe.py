@@ -7,11 +7,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from regraft_export.vit.structure import VisionTransformer, first_tensor, pooled_of
+from regraft_export.vit.attention_calls import AttentionCalls, Scores
+from regraft_export.vit.parts import VisionTransformer, first_tensor, pooled_of
 
 
 @dataclass
@@ -63,7 +62,7 @@ def observe(
             ).remove
         )
         if attentions:
-            stack.enter_context(_Attention(vit, attentions, attention))
+            stack.enter_context(_attention(vit, attentions, attention))
         output = vit.module(pixels)
     tokens = final[0]
     count = vit.layout.count
@@ -85,47 +84,16 @@ def _keep(
     return hook
 
 
-class _Attention(TorchFunctionMode):
-    """Recomputes attention beside each fused call, which does not return it."""
+def _attention(
+    vit: VisionTransformer, layers: Collection[int], store: dict[int, Tensor]
+) -> AttentionCalls:
+    """Computes the attention of some blocks beside their own, which does not return it."""
+    layout = vit.layout
+    # Without a class token the patches together take its part.
+    queries = slice(0, 1) if layout.class_token else slice(layout.prefix, layout.count)
 
-    def __init__(
-        self, vit: VisionTransformer, layers: Collection[int], store: dict[int, Tensor]
-    ) -> None:
-        super().__init__()
-        self.vit, self.layers, self.store = vit, set(layers), store
-        layout = vit.layout
-        # Without a class token the patches together take its part.
-        self.queries = slice(0, 1) if layout.class_token else slice(layout.prefix, layout.count)
-        self.current: int | None = None
-        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+    def keep(layer: int, scores: Scores) -> None:
+        if layer in layers:
+            store[layer] = scores.rows(queries).float().softmax(dim=-1).mean(dim=2)
 
-    def __enter__(self) -> _Attention:
-        for layer in self.layers:
-            block = self.vit.blocks[layer].module
-
-            def start(m: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
-                self.current = layer
-
-            def stop(m: nn.Module, args: Any, out: Any) -> None:
-                self.current = None
-
-            self.handles.append(block.register_forward_pre_hook(start, with_kwargs=True))
-            self.handles.append(block.register_forward_hook(stop))
-        super().__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        for handle in self.handles:
-            handle.remove()
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention and self.current is not None:
-            query, key = args[0], args[1]
-            scale = kwargs.get("scale") or query.shape[-1] ** -0.5
-            scores = (query[:, :, self.queries] * scale) @ key.transpose(-2, -1)
-            self.store[self.current] = scores.float().softmax(dim=-1).mean(dim=2)
-        return func(*args, **kwargs)
+    return AttentionCalls(vit.blocks, keep)

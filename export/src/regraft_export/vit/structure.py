@@ -3,91 +3,24 @@
 What is looked for: one stack of equal blocks; in each block exactly one Linear layer that maps the
 MLP's hidden units to the width (its input is the neuron activation); tokens of shape (B, T, D)
 between blocks; a convolution that cuts the image into the patch grid. Nothing is found by a
-module's name except the class token, which structure cannot tell from other prefix tokens.
+module's name except the class token, which structure cannot tell from other prefix tokens. That an
+appended register leaves every patch at its position is proven, see ``positions.py``.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regraft.errors import ModelError
 from regraft.tokens import TokenLayout
-from regraft_export.vit.run_once import Trace, first_tensor, run_once
+from regraft_export.vit.parts import Block, VisionTransformer, first_tensor, pooled_of
+from regraft_export.vit.positions import check_positions
+from regraft_export.vit.rotary import Rotary, is_rotary
+from regraft_export.vit.run_once import Trace, run_once
 
 _CLASS_TOKEN_NAMES = ("cls_token", "class_token", "class_embedding")
 _HEADS_NAMES = ("num_heads", "num_attention_heads")
-
-
-@dataclass(frozen=True)
-class Block:
-    """One transformer block.
-
-    Attributes:
-        module: maps tokens (B, T, D) to tokens, possibly inside a tuple.
-        down: the MLP's down-projection, hidden -> D; its input is the neuron activation.
-        scale: LayerScale's gamma (D,) applied to the MLP's output, or None.
-    """
-
-    module: nn.Module
-    down: nn.Linear
-    scale: Tensor | None
-
-    @property
-    def write(self) -> Tensor:
-        """What each neuron adds to the residual stream per unit of activation: (hidden, D)."""
-        weight = self.down.weight.detach().T
-        return weight if self.scale is None else weight * self.scale.detach()
-
-
-@dataclass(frozen=True)
-class VisionTransformer:
-    """A ViT and its parts.
-
-    Attributes:
-        module: the whole model; takes (B, 3, H, W).
-        blocks: in the order they run.
-        entry: the register is appended to this module's input, (B, T, D): the first block, or the
-            norm in front of it (CLIP's ``ln_pre``).
-        final: its output is ``last_hidden_state``: the final norm where the model normalises all
-            tokens, else the last block.
-        layout: token counts and sizes.
-    """
-
-    module: nn.Module
-    blocks: tuple[Block, ...]
-    entry: nn.Module
-    final: nn.Module
-    layout: TokenLayout
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.module.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the weights."""
-        return next(self.module.parameters()).dtype
-
-
-def pooled_of(output: Any) -> Tensor | None:
-    """What a model's own forward returns for an image, (B, E), or None if it returns tokens only.
-
-    Args:
-        output: the forward's return value: a tensor, a tuple, or transformers' ModelOutput.
-    """
-    for name in ("image_embeds", "pooler_output"):
-        value = getattr(output, name, None)
-        if isinstance(value, Tensor):
-            return value
-    if isinstance(output, tuple):
-        output = output[0]
-    return output if isinstance(output, Tensor) and output.ndim == 2 else None
 
 
 def from_module(module: nn.Module, image_size: tuple[int, int]) -> VisionTransformer:
@@ -103,8 +36,7 @@ def from_module(module: nn.Module, image_size: tuple[int, int]) -> VisionTransfo
     stack = _stack_of_blocks(module)
     trace = run_once(module, stack, image_size)
     T, D = trace.tokens.shape[1:]
-    _refuse_positions_in_attention(trace, stack)
-    blocks = tuple(_block(block, i, D) for i, block in enumerate(stack))
+    blocks = tuple(_block(block, i, D, trace.scales[i]) for i, block in enumerate(stack))
     rows, cols = _patch_grid(trace, T)
     prefix = T - rows * cols
     class_token = prefix > 0 and _has_class_token(module)
@@ -117,9 +49,13 @@ def from_module(module: nn.Module, image_size: tuple[int, int]) -> VisionTransfo
         heads=_heads(stack[0]),
         test_time_registers=0,
     )
-    return VisionTransformer(
-        module, blocks, trace.entry or stack[0], trace.final or stack[-1], layout
+    rotary = _rotary(trace, rows * cols)
+    vit = VisionTransformer(
+        module, blocks, trace.entry or stack[0], trace.final or stack[-1], layout, rotary
     )
+    if vit.dtype == torch.float32:
+        check_positions(vit, image_size)
+    return vit
 
 
 def _name_of(module: nn.Module, part: nn.Module) -> str:
@@ -155,36 +91,37 @@ def _narrowing_linears(block: nn.Module) -> list[nn.Linear]:
     return [m for m in linears if m.in_features > m.out_features]
 
 
-def _refuse_positions_in_attention(trace: Trace, stack: list[nn.Module]) -> None:
-    relative = [n for n, _ in stack[0].named_parameters() if "relative_position" in n]
-    rotary = [n for n, _ in stack[0].named_buffers() if "freq" in n or "rope" in n]
-    found = [*trace.extra_tensors, *relative, *rotary]
-    if found:
+def _rotary(trace: Trace, patches: int) -> Rotary | None:
+    """The tables of rotary positions, if that is what the blocks are given beside the tokens."""
+    places = sorted({place for given in trace.given for place in given}, key=str)
+    if not places:
+        return None
+    tables = [given.get(places[0]) for given in trace.given]
+    if len(places) > 1 or not all(is_rotary(table, patches) for table in tables):
+        named = ", ".join(p if isinstance(p, str) else f"argument {p + 1}" for p in places)
         raise ModelError(
-            "this model gives positions inside attention "
-            f"({', '.join(sorted(set(found)))}); an appended register would shift or lack a "
-            "position, so it is refused in this version"
+            f"this model gives its blocks further tensors beside the tokens ({named}); expected "
+            f"none, or tables of cosines and sines with one row for each of the {patches} patches "
+            "(rotary positions): an appended register would lack an entry in anything else, and "
+            "a relative position bias has no neutral value to give it"
         )
+    return Rotary(places[0], tuple(tables))
 
 
-def _block(block: nn.Module, index: int, width: int) -> Block:
+def _block(block: nn.Module, index: int, width: int, scale: Tensor | None) -> Block:
     downs = [m for m in _narrowing_linears(block) if m.out_features == width]
     if len(downs) != 1:
         raise ModelError(
             f"block {index} ({type(block).__name__}): {len(downs)} Linear layers map more inputs "
             f"to the width {width}; expected exactly one, the MLP's down-projection"
         )
-    scales = list(_layer_scales(block, width))
-    return Block(block, downs[0], scales[-1] if scales else None)
-
-
-def _layer_scales(block: nn.Module, width: int) -> Iterator[Tensor]:
-    # LayerScale: a module whose only parameter is a vector over the width, and which is no norm.
-    for m in block.modules():
-        own = list(m.parameters(recurse=False))
-        is_norm = "Norm" in type(m).__name__
-        if len(own) == 1 and own[0].shape == (width,) and not is_norm and not list(m.children()):
-            yield own[0]
+    if scale is None:
+        raise ModelError(
+            f"block {index} ({type(block).__name__}): what its MLP writes is changed by more than "
+            "one factor per channel before it reaches the next block (a norm after the residual "
+            "sum?); expected x + gamma * MLP(norm(x))"
+        )
+    return Block(block, downs[0], None if bool((scale == 1).all()) else scale)
 
 
 def _patch_grid(trace: Trace, tokens: int) -> tuple[int, int]:

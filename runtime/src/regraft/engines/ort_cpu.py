@@ -65,7 +65,12 @@ class OrtCpuEngine(Engine):
             level.ORT_ENABLE_ALL if options.optimize else level.ORT_DISABLE_ALL
         )
         self._session = ort.InferenceSession(
-            str(graph), session_options, providers=["CPUExecutionProvider"]
+            str(graph),
+            session_options,
+            providers=["CPUExecutionProvider"],
+            # It crashes the process on some fp16 graphs (OpenCLIP's, onnxruntime 1.32), and has one
+            # convolution to gain from.
+            disabled_optimizers=["NchwcTransformer"] if self.precision == "fp16" else None,
         )
         pixels = next((i for i in self._session.get_inputs() if i.name == INPUT), None)
         if pixels is None or len(pixels.shape) != 4:

@@ -1,0 +1,32 @@
+"""Families at their published sizes, through the command line; less deep where that is named.
+
+Each takes a minute or several on two cores, and up to 15 GB of memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.support.families import REAL
+from tests.support.whole_path import Regraft, whole_path
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, id=f"{name} ({family.reduced})" if family.reduced else name)
+        for name, family in REAL.items()
+    ],
+)
+def test_from_finding_to_features(name: str, regraft: Regraft, tmp_path: Path) -> None:
+    # LLaVA reads CLIP at the output of the block before the last.
+    layers = (22,) if name == "hf_clip_l14_336" else ()
+    whole_path(regraft, REAL[name], tmp_path, pictures=6, layers=layers)
+    if layers:
+        hidden = np.load(tmp_path / "features.npz")["hidden.22"]
+        assert hidden.shape == (2, 577, 1024)
