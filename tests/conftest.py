@@ -1,11 +1,13 @@
-"""For all tests: a cache of their own, and skips are failures where REGRAFT_NO_SKIP=1 is set."""
+"""For all tests: a cache of their own, the command line in this process, and no skips in CI."""
 
 import itertools
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
+
+from regraft.cli.main import main
 
 NO_SKIP = os.environ.get("REGRAFT_NO_SKIP") == "1"
 
@@ -41,3 +43,19 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.getbasetemp() / f"cache-{next(_numbers)}"
     monkeypatch.setenv("REGRAFT_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def regraft(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """``regraft("export", ...)`` runs the command line: (exit code, stdout, stderr)."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as stop:  # how argparse ends
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

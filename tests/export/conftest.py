@@ -13,7 +13,6 @@ from tests.support import bundles, shared
 from tests.support.planting import Planted, flagged_pictures, plant
 from torch import Tensor
 
-from regraft.cli.main import main
 from regraft_export.graph.patch import Traced
 from regraft_export.trace import trace
 
@@ -57,19 +56,3 @@ def quick_trace(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
         )
 
     monkeypatch.setattr("regraft_export.exporting.trace", stored)
-
-
-@pytest.fixture
-def regraft(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """``regraft("export", ...)`` runs the command line: (exit code, stdout, stderr)."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main([str(word) for word in words])
-        except SystemExit as stop:  # how argparse ends
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run

@@ -19,7 +19,6 @@ from PIL import Image
 
 from regraft import manifest as manifests
 from regraft.bundle import NEURONS, VERIFY, WEIGHTS, record
-from regraft.cli.main import main
 from regraft.manifest import Manifest, Sites
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft.preprocessing import Preprocessing
@@ -160,19 +159,3 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         paths.append(folder / f"photo{i:02}.{'png' if i % 2 else 'jpg'}")
         image.save(paths[-1])
     return paths
-
-
-@pytest.fixture
-def regraft(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """``regraft("extract", ...)`` runs the command line: (exit code, stdout, stderr)."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main([str(word) for word in words])
-        except SystemExit as stop:  # how argparse ends
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run

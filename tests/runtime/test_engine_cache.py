@@ -4,15 +4,17 @@ import dataclasses
 import json
 import os
 import stat
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from regraft import engine_cache
 from regraft.cache_trust import cache_root
-from regraft.engine_cache import CacheKey, Entry, graph_hashes, latest, new_entry
+from regraft.engine_cache import CacheKey, Entry, graph_hashes, held, latest, new_entry
 from regraft.errors import EngineError
 
 KEY = CacheKey(
@@ -95,7 +97,7 @@ def test_any_difference_is_another_entry(graph: Path, change: dict[str, str]) ->
     assert (ours.folder, theirs.folder) == (KEY.folder, other.folder)
 
 
-def test_of_several_build_options_the_last_built_is_found(graph: Path) -> None:
+def test_of_several_build_options_the_last_built_replaces_the_others(graph: Path) -> None:
     other = dataclasses.replace(KEY, options={"max-batch": 64, "level": "high"})
     assert other.folder != KEY.folder
     for key in (KEY, other, KEY):
@@ -103,8 +105,71 @@ def test_of_several_build_options_the_last_built_is_found(graph: Path) -> None:
         entry = latest(dataclasses.replace(KEY, options={}), graph)
         assert entry is not None
         assert (entry.folder, entry.options) == (key.folder, key.options)
-    assert KEY.folder.exists()
-    assert other.folder.exists()
+        assert list(key.group.iterdir()) == [key.folder]
+
+
+def test_only_a_build_that_passes_replaces_others(graph: Path) -> None:
+    put(graph)
+    other = dataclasses.replace(KEY, options={"max-batch": 64, "level": "high"})
+    with suppress(ZeroDivisionError), new_entry(other, graph):
+        raise ZeroDivisionError
+    assert list(KEY.group.iterdir()) == [KEY.folder]
+
+
+def test_what_killed_builds_left_is_removed_after_a_day(graph: Path) -> None:
+    put(graph)
+    abandoned, in_work = KEY.group / ".left.0a", KEY.group / ".left.0b"
+    for folder, age in ((abandoned, 25), (in_work, 23)):
+        folder.mkdir()
+        (folder / "model.blob").write_bytes(b"half")
+        os.utime(folder, (time.time() - 3600 * age,) * 2)
+    put(graph)
+    assert sorted(KEY.group.iterdir()) == sorted([in_work, KEY.folder])
+
+
+def test_nobody_replaces_what_is_being_opened(graph: Path) -> None:
+    put(graph)
+    other = dataclasses.replace(KEY, options={"max-batch": 64, "level": "high"})
+    builds = [Thread(target=put, args=(graph, key, b"new")) for key in (KEY, other)]
+    with held(KEY):
+        for build in builds:
+            build.start()
+        for build in builds:
+            build.join(0.2)
+            assert build.is_alive()
+        entry = latest(KEY, graph)
+        assert entry is not None
+        assert (entry.folder / "model.blob").read_bytes() == b"compiled"
+    for build in builds:
+        build.join(10)
+    entry = latest(KEY, graph)
+    assert entry is not None
+    assert (entry.folder / "model.blob").read_bytes() == b"new"
+
+
+def test_many_may_build_and_open_at_once(graph: Path) -> None:
+    put(graph)
+    failures: list[Exception] = []
+
+    def work(build: bool) -> None:
+        try:
+            for _ in range(40):
+                if build:
+                    put(graph)
+                    continue
+                with held(KEY):
+                    entry = latest(KEY, graph)
+                    assert entry is not None
+                    assert (entry.folder / "model.blob").read_bytes() == b"compiled"
+        except Exception as error:
+            failures.append(error)
+
+    threads = [Thread(target=work, args=(build,)) for build in (True, True, False, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
 
 
 def test_the_hashes_cover_graph_and_weights(graph: Path) -> None:

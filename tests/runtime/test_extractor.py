@@ -73,6 +73,12 @@ def test_every_form_of_an_image_gives_the_same(extractor: Extractor, photos: lis
         assert_equal(extractor.extract(form), expected)
 
 
+def test_a_lone_path_may_be_streamed(extractor: Extractor, photos: list[Path]) -> None:
+    for lone in (str(photos[0]), photos[0]):
+        (features,) = extractor.stream(lone)
+        assert features.indices.tolist() == [0]
+
+
 def test_a_lone_image_is_a_batch_of_one(extractor: Extractor, photos: list[Path]) -> None:
     expected = extractor.extract(photos[:1])
     picture = Image.open(photos[0]).convert("RGB")

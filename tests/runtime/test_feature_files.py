@@ -193,7 +193,7 @@ def test_a_missing_pyarrow_says_what_to_install(
     with pytest.raises(InputError) as caught:
         write(tmp_path / "f.parquet", [1])
     assert str(caught.value) == (
-        ".parquet needs pyarrow, which is not installed; pip install 'regraft-runtime[parquet]', "
-        "or write .npz"
+        ".parquet needs pyarrow, which is not installed; write .npz, or pip install "
+        "'regraft-runtime[parquet]', or in a checkout of regraft pip install './runtime[parquet]'"
     )
     write(tmp_path / "f.npz", [1])

@@ -112,6 +112,28 @@ def test_a_swap_that_is_interrupted_is_undone(
     assert left_in(tmp_path) == ["bundle"]
 
 
+@pytest.mark.parametrize("existed", [False, True])
+def test_of_two_processes_that_write_one_folder_the_last_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existed: bool
+) -> None:
+    target = tmp_path / "bundle"
+    if existed:
+        fill_folder(target, "old")
+    rename, rivals = Path.rename, [1]
+
+    def raced(self: Path, to: Path) -> Path:
+        if to == target and rivals:
+            rivals.pop()
+            fill_folder(target, "rival", force=True)
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", raced)
+    fill_folder(target, "new", force=True)
+    assert not rivals
+    assert (target / "manifest.json").read_text() == "new"
+    assert left_in(tmp_path) == ["bundle"]
+
+
 def test_an_existing_output_is_refused_by_name(tmp_path: Path) -> None:
     target = tmp_path / "out.npz"
     target.write_text("old")

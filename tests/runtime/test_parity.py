@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from regraft.parity import LIMITS, Comparison, Limits, Meter, cosine
+from regraft.parity import LIMITS, Comparison, Limits, Meter, WorstToken, cosine
 
 LOOSE = Limits(relative_error=10, token_cosine=-1, image_cosine=-1)
 
@@ -45,6 +45,24 @@ def test_equal_outputs_pass() -> None:
     assert result.passed
     assert result.to_json()["passed"] is True
     assert result.to_json()["failures"] == []
+
+
+def test_a_single_bad_token_is_shown_where_the_percentile_hides_it() -> None:
+    a = features(0, (6, 150, 6))
+    b = a.copy()
+    b[4, 33] = -b[4, 33]
+    meter = Meter("model", "last_hidden_state", True)
+    meter.update(a[:3], b[:3])
+    fair = meter.result(LIMITS["fp16"])
+    assert fair.worst_token is not None
+    assert fair.worst_token.cosine == pytest.approx(1, abs=1e-12)
+    meter.update(a[3:], b[3:])
+    result = meter.result(Limits(1, 0.995, 0.999))
+    assert result.passed
+    assert result.token_cosine == pytest.approx(1, abs=1e-12)
+    assert result.worst_token == WorstToken(pytest.approx(-1), image=4, token=33)
+    assert result.to_json()["worst_token"] == {"cosine": pytest.approx(-1), "image": 4, "token": 33}
+    assert compared(a[:, 0], b[:, 0], "pooler_output").worst_token is None
 
 
 def test_comparing_nothing_is_a_failure() -> None:

@@ -11,15 +11,22 @@ An entry is one folder, ``engines/ENGINE/IDENTITY/KEY`` below
 
 An entry that is damaged or of unknown origin is an error that names it, see
 :mod:`regraft.cache_trust`; what was built is hashed, and hashed again before it is opened.
+
+Processes may build and open at the same time: an entry is put into its place under a lock on the
+folder IDENTITY, and whoever opens one holds that folder (:func:`held`) until it is open. Of one
+identity the entry built last is used, whatever its build options, so a new one takes the place of
+all others there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,9 +36,15 @@ from regraft.cache_trust import cache_root, make_private, refuse_bundle, refuse_
 from regraft.errors import EngineError
 from regraft.files import whole_folder
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
 SCHEMA = 1
 WEIGHTS = "weights.data"  # the one external-data file of every graph of a bundle
 KEY, RECORD = "key.json", "record.json"
+_ABANDONED = 24 * 3600.0  # seconds after which nobody is still filling a hidden folder
 
 
 @dataclass(frozen=True)
@@ -107,8 +120,21 @@ def graph_hashes(graph: Path) -> tuple[str, str | None]:
     return _sha256(graph), _sha256(weights) if weights.exists() else None
 
 
+@contextmanager
+def held(key: CacheKey) -> Iterator[None]:
+    """Within it, no other process replaces or removes what is cached for a key.
+
+    Args:
+        key: its options are not looked at.
+    """
+    with _locked(key.group, exclusive=False):
+        yield
+
+
 def latest(key: CacheKey, graph: Path) -> Entry | None:
     """The entry that was built last for a key, whatever its build options; None without one.
+
+    To open it, call this and open it within :func:`held`.
 
     Args:
         key: its options are not looked at.
@@ -124,21 +150,23 @@ def latest(key: CacheKey, graph: Path) -> Entry | None:
             refuse_foreign(folder)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    # Hidden ones are being written by somebody else, or were when the power failed.
-    folders = [f for f in sorted(key.group.iterdir()) if not f.name.startswith(".")]
-    if not folders:
-        return None
-    found = [_read(folder, key) for folder in folders]
-    entry, files = max(found, key=lambda pair: pair[0].built)
-    _check_files(entry.folder, files)
-    return entry
+    with held(key):
+        # Hidden ones are being written by somebody else, or were when the power failed.
+        folders = [f for f in sorted(key.group.iterdir()) if not f.name.startswith(".")]
+        if not folders:
+            return None
+        found = [_read(folder, key) for folder in folders]
+        entry, files = max(found, key=lambda pair: pair[0].built)
+        _check_files(entry.folder, files)
+        return entry
 
 
 @contextmanager
 def new_entry(key: CacheKey, graph: Path) -> Iterator[Draft]:
     """Yields a draft whose folder becomes the entry when the block ends well.
 
-    An entry of the same key is replaced then, and not before.
+    Those that differ in build options alone are removed then, and not before: nothing would use
+    them again.
 
     Args:
         key: with every build option.
@@ -151,13 +179,44 @@ def new_entry(key: CacheKey, graph: Path) -> Iterator[Draft]:
     refuse_bundle(graph)
     make_private(key.group)
     target = key.folder
-    if target.is_symlink() or (target.exists() and not (target / KEY).is_file()):
-        _remove(target)  # of unknown origin; its name says that the place is ours
-    with whole_folder(target, KEY, force=True) as hidden:
-        hidden.chmod(0o700)
-        draft = Draft(hidden)
-        yield draft
-        _seal(hidden, key, draft.report)
+    with ExitStack() as lock:
+        lock.enter_context(_locked(key.group, exclusive=True))
+        if target.is_symlink() or (target.exists() and not (target / KEY).is_file()):
+            _remove(target)  # of unknown origin; its name says that the place is ours
+        with whole_folder(target, KEY, force=True) as hidden:
+            lock.close()  # others may open and build while this one is filled
+            hidden.chmod(0o700)
+            draft = Draft(hidden)
+            yield draft
+            _seal(hidden, key, draft.report)
+            lock.enter_context(_locked(key.group, exclusive=True))
+        _remove_superseded(target)
+
+
+def _remove_superseded(target: Path) -> None:
+    """Removes the entries beside this one, and what builds that were killed left there."""
+    for path in target.parent.iterdir():
+        with suppress(OSError):  # it may be another user's; whoever reads it says so
+            killed = time.time() - path.lstat().st_mtime > _ABANDONED
+            if path != target and (killed or not path.name.startswith(".")):
+                _remove(path)
+
+
+@contextmanager
+def _locked(folder: Path, *, exclusive: bool) -> Iterator[None]:
+    """Holds a folder against other processes, where the file system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # not there yet, or Windows
+        yield
+        return
+    try:
+        if fcntl is not None:
+            with suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _seal(folder: Path, key: CacheKey, report: Mapping[str, Any]) -> None:

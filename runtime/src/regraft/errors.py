@@ -58,3 +58,18 @@ class RewriteError(RegraftError):
 
 class GateError(RegraftError):
     """A gate failed; the message says which figure missed which limit."""
+
+
+def how_to_install(distribution: str, extra: str = "") -> str:
+    """What to run for something that is not installed, from a registry or from a checkout.
+
+    Args:
+        distribution: ``regraft-runtime`` or ``regraft-export``.
+        extra: one of its extras.
+    """
+    extras = f"[{extra}]" if extra else ""
+    folder = distribution.removeprefix("regraft-")
+    return (
+        f"pip install '{distribution}{extras}', or in a checkout of regraft "
+        f"pip install './{folder}{extras}'"
+    )

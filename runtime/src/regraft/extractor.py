@@ -142,7 +142,7 @@ class Extractor:
         if isinstance(images, np.ndarray) and images.dtype != np.uint8:
             parts = list(self._stream_pixels(images))
         else:
-            parts = list(self.stream(_as_items(images)))
+            parts = list(self.stream(images))
         if not parts:
             raise InputError("there are no images; expected at least one")
         return Features.concatenate(parts)
@@ -158,8 +158,9 @@ class Extractor:
         threads decode ahead of it.
 
         Args:
-            images: paths, bytes of files, PIL images or uint8 arrays of shape (H, W, 3); consumed
-                as needed, so it may be endless. An array may be filled anew for the next image.
+            images: paths, bytes of files, PIL images or uint8 arrays of shape (H, W, 3), or one of
+                these alone; consumed as needed, so it may be endless. An array may be filled anew
+                for the next image.
             on_error: called for each image that cannot be read, which is then left out (the
                 batch's ``indices`` say which are there). Without it the first one raises.
 
@@ -169,7 +170,7 @@ class Extractor:
         """
         names: dict[int, str] = {}
         batches = pipeline.batches(
-            _remember_names(images, names),
+            _remember_names(_as_items(images), names),
             self.bundle.manifest.preprocessing,
             self.batch_size,
             self._workers,

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from regraft.errors import InputError
+from regraft.errors import InputError, how_to_install
 from regraft.features import Floats
 from regraft.files import scratch_folder, whole_file
 
@@ -252,7 +252,7 @@ def _pyarrow() -> tuple[Any, Any]:
         import pyarrow.parquet as pq
     except ImportError:
         raise InputError(
-            ".parquet needs pyarrow, which is not installed; "
-            "pip install 'regraft-runtime[parquet]', or write .npz"
+            ".parquet needs pyarrow, which is not installed; write .npz, or "
+            f"{how_to_install('regraft-runtime', 'parquet')}"
         ) from None
     return pa, pq

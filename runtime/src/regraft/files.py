@@ -29,6 +29,8 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 
+_RIVALS = 100  # how often another process may come between
+
 
 def check_output(path: str | Path, force: bool = False, *, marker: str | None = None) -> Path:
     """Checks that an output may be written, before the work that fills it.
@@ -162,6 +164,18 @@ def _sync(file: Path) -> None:
 
 
 def _swap(new: Path, target: Path) -> None:
+    for _ in range(_RIVALS):
+        try:
+            _swap_once(new, target)
+            return
+        except OSError as error:
+            # Another process put its own there, or took the old one away, between look and rename.
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST) or not new.exists():
+                raise
+    raise InputError(f"{target}: other processes write to it all the time; choose another place")
+
+
+def _swap_once(new: Path, target: Path) -> None:
     if not target.exists():
         new.rename(target)
         return

@@ -141,8 +141,11 @@ class Neurons:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise NeuronsError(f"{path}: cannot be read ({error.strerror})") from None
-        except ValueError as error:
+            raise NeuronsError(
+                f"{path}: cannot be read ({error.strerror}); expected the file that `regraft find` "
+                "wrote"
+            ) from None
+        except (ValueError, RecursionError) as error:
             raise NeuronsError(f"{path}: is not JSON ({error})") from None
         return cls.from_json(data, str(path))
 

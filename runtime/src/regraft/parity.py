@@ -36,6 +36,21 @@ LIMITS = {
 
 
 @dataclass(frozen=True)
+class WorstToken:
+    """The token that differs most in direction.
+
+    Attributes:
+        cosine: of the two sides.
+        image: its image, from 0, in the order of comparison.
+        token: its position, from 0, prefix tokens first.
+    """
+
+    cosine: float
+    image: int
+    token: int
+
+
+@dataclass(frozen=True)
 class Comparison:
     """How one output of one graph compares.
 
@@ -44,6 +59,7 @@ class Comparison:
         output: ONNX name.
         relative_error: Frobenius, over all images.
         token_cosine: 1st percentile over all tokens; None for outputs that are not tokens.
+        worst_token: the token with the smallest cosine, which no limit is put on; None likewise.
         image_cosine: smallest over images, of CLS or the pooled vector; None if there is neither.
         finite: whether every value of both sides is finite.
         images: how many were compared.
@@ -58,6 +74,7 @@ class Comparison:
     finite: bool
     images: int
     failures: tuple[str, ...]
+    worst_token: WorstToken | None = None
 
     @property
     def passed(self) -> bool:
@@ -84,6 +101,7 @@ class Meter:
     class_token: bool
     images: int = 0
     finite: bool = True
+    _worst: WorstToken | None = None
     _squared_error: float = 0.0
     _squared_reference: float = 0.0
     _token_cosines: list[NDArray[np.float64]] = field(default_factory=list)
@@ -103,11 +121,21 @@ class Meter:
         self._squared_error += float(np.square(b - a).sum())
         self._squared_reference += float(np.square(a).sum())
         if self.output.startswith(("last_hidden", "hidden.", "test_time_registers")):
-            self._token_cosines.append(cosine(a, b).ravel())
+            cosines = cosine(a, b)
+            self._token_cosines.append(cosines.ravel())
+            self._note_worst(cosines)
         if self.output == "last_hidden_state" and self.class_token:
             self._image_cosines.append(cosine(a[:, 0], b[:, 0]))
         if self.output == "pooler_output":
             self._image_cosines.append(cosine(a, b))
+
+    def _note_worst(self, cosines: NDArray[np.float64]) -> None:
+        """Remembers the worst token of a batch, (B, T), if it is the worst so far."""
+        row, token = np.unravel_index(int(cosines.argmin()), cosines.shape)
+        value = float(cosines[row, token])
+        if self._worst is None or value < self._worst.cosine:
+            image = self.images - len(cosines) + int(row)
+            self._worst = WorstToken(value, image, int(token))
 
     def result(self, limits: Limits) -> Comparison:
         """The comparison so far, held to limits."""
@@ -124,6 +152,7 @@ class Meter:
             finite=self.finite,
             images=self.images,
             failures=tuple(self._failures(error, tokens, image, limits)),
+            worst_token=self._worst,
         )
 
     def _failures(

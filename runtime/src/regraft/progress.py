@@ -52,6 +52,11 @@ class Progress:
         if self._watched:
             self._draw()
 
+    def leave_out(self, reason: object) -> None:
+        """Counts one as done that could not be read, and says why."""
+        self.note(f"regraft: {reason}")
+        self.advance()
+
     def __enter__(self) -> Self:
         return self
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+import transformers
 from torch import Tensor, nn
 
 from regraft.errors import GateError, InputError
 from regraft.redirect import RedirectOptions
+from regraft_export.finding import judge as judge_module
 from regraft_export.finding.judge import Judge, Limits, Outcome, Unit, register_neurons
 from regraft_export.finding.outliers import Detection, detect
 from regraft_export.finding.passes import patch_norms, run_until
@@ -242,6 +244,62 @@ def test_judge_agrees_with_a_plain_pass(
     assert outcome.complete
     assert outcome.outliers == int((norms > detection.threshold).sum())
     assert outcome.largest == pytest.approx(float(norms.max()), rel=1e-5)
+
+
+def hf_vit(planter: Callable[..., Any], pictures: Callable[..., Tensor]) -> VisionTransformer:
+    """Blocks of another library, which are called with keywords and may return tuples."""
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=48, num_hidden_layers=5, num_attention_heads=3, image_size=64, patch_size=8
+    )
+    return planter(transformers.Dinov2Model(config).eval(), pictures(16, 1), UNITS[:3]).vit
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_passes_begin_at_the_first_touched_layer_and_give_the_same(
+    vit: VisionTransformer,
+    pixels: Tensor,
+    library: str,
+    planter: Callable[..., Any],
+    pictures: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if library == "transformers":
+        vit = hf_vit(planter, pictures)
+    detection = detect(gather_norms(vit, [pixels]))
+    scores = score_neurons(vit, [pixels], detection)
+    widths: list[int] = []
+    vit_before = dict(vars(vit.blocks[0].module))
+    handle = vit.blocks[0].down.register_forward_pre_hook(lambda m, a: widths.append(len(a[0])))
+    sets = [UNITS[:1], UNITS[:3], [(0, 3), *UNITS[:2]], UNITS[:2], [(2, 9)], [(1, 4), (2, 5)]]
+    found, ran = [], []
+    for room in (1 << 30, 0):
+        monkeypatch.setattr(judge_module, "MAX_KEPT_BYTES", room)
+        judge = Judge(vit, pixels, detection, scores, batch_size=4)
+        widths.clear()
+        found.append([judge.run(units) for units in sets])
+        ran.append(sum(widths))
+        assert all("forward" not in vars(block.module) for block in vit.blocks)
+    handle.remove()
+    assert found[0] == found[1]
+    # Kept: once for sets that begin at layer 2, once for layer 1; layer 0 is touched by one.
+    assert ran == [3 * len(pixels), len(sets) * len(pixels)]
+    assert vars(vit.blocks[0].module).keys() == vit_before.keys()
+
+
+def test_no_more_is_kept_than_there_is_room_for(
+    vit: VisionTransformer,
+    pixels: Tensor,
+    detection: Detection,
+    scores: Scores,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one_image = (vit.layout.count + 1) * vit.layout.width * 4
+    monkeypatch.setattr(judge_module, "MAX_KEPT_BYTES", 6 * one_image)
+    judge = Judge(vit, pixels, detection, scores, batch_size=4)
+    for units in (UNITS[:1], [(1, 4), (2, 5)]):
+        judge.run(units)
+    assert sum(output.numel() * 4 for output in judge._starts.values()) == 6 * one_image
 
 
 def test_ordinary_patches_beyond_twice_the_median_set_the_last_limit(

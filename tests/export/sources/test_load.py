@@ -113,7 +113,8 @@ def test_missing_packages_say_what_to_install(
         load(model)
     assert str(caught.value) == (
         f"{model}: the package '{blocked}' is not installed; "
-        f"run `pip install 'regraft-export[{extra}]'`"
+        f"pip install 'regraft-export[{extra}]', or in a checkout of regraft "
+        f"pip install './export[{extra}]'"
     )
 
 

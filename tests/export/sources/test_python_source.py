@@ -209,12 +209,12 @@ EXPECTED = (
         ),
         (
             "constant",
-            "regraft_python_source_own_model has no function 'constant'; expected one without "
+            "own_model.py has no function 'constant'; expected one without "
             "arguments that returns an nn.Module",
         ),
         (
             "absent",
-            "regraft_python_source_own_model has no function 'absent'; expected one without "
+            "own_model.py has no function 'absent'; expected one without "
             "arguments that returns an nn.Module",
         ),
     ],

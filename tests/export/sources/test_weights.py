@@ -147,6 +147,13 @@ def test_damaged_files_are_refused(tmp_path: Path, name: str, kind: str) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_a_text_is_no_pickle_that_needs_code(tmp_path: Path) -> None:
+    file = tmp_path / "model.pth"
+    file.write_text('{"schema": 1}')
+    with pytest.raises(ModelError, match=r"is not a checkpoint that torch\.load reads"):
+        read_state_dict(file)
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         read_state_dict(tmp_path / "none.pth")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +12,12 @@ from numpy.typing import NDArray
 from tests.support import algorithm2, models, pictures
 from torch import Tensor, nn
 
-from regraft.errors import NeuronsError
+from regraft.errors import ModelError, NeuronsError
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft.redirect import RedirectOptions
 from regraft_export.vit.hooks import redirected, registers_appended, silenced
 from regraft_export.vit.observe import observe
-from regraft_export.vit.structure import VisionTransformer
+from regraft_export.vit.structure import VisionTransformer, from_module
 
 OPTIONS = [
     RedirectOptions(value, cls, patches, registers, (1.0, -0.5)[:registers])
@@ -187,6 +188,45 @@ def test_without_a_class_token_the_mean_attention_of_the_patches_is_taken() -> N
     every = (q @ k.transpose(2, 3) / 4).softmax(dim=-1)
     expected = every[:, :, : vit.layout.count].mean(dim=2)  # registers do not ask
     torch.testing.assert_close(seen.attention[1], expected, rtol=1e-4, atol=1e-6)
+
+
+def unfused(name: str) -> VisionTransformer:
+    """The model with its attention written out in plain products and a softmax."""
+    module = copy.deepcopy(models.vit(name).module)
+    if name.startswith("hf"):
+        module.set_attn_implementation("eager")
+    for part in module.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = False
+    return from_module(module, models.FAMILIES[name].size)
+
+
+@pytest.mark.parametrize("name", ["timm", "timm_siglip", "hf_dinov2", "hf_clip"])
+def test_attention_that_is_not_fused_is_seen_too(name: str) -> None:
+    pixels, found = pictured(name, 2), []
+    for vit in (models.vit(name), unfused(name)):
+        with registers_appended(vit, 1):
+            found.append(observe(vit, pixels, attentions=range(3)).attention)
+    fused, plain = found
+    assert fused.keys() == plain.keys() == {0, 1, 2}
+    for layer, attention in fused.items():
+        torch.testing.assert_close(attention, plain[layer], rtol=1e-4, atol=1e-6)
+
+
+def test_attention_that_is_not_seen_is_an_error() -> None:
+    vit = unfused("timm")
+
+    def forward(x: Tensor, **other: object) -> Tensor:
+        return x
+
+    vit.blocks[2].module.attn.forward = forward
+    with pytest.raises(
+        ModelError,
+        match=r"^block 2 \(Block\): its attention was not seen; expected a call of "
+        r"scaled_dot_product_attention or nn\.MultiheadAttention, or a softmax of shape "
+        r"\(B, heads, tokens, tokens\)$",
+    ):
+        observe(vit, pictured("timm", 1), attentions=[0, 2])
 
 
 def hook_count(vit: VisionTransformer) -> int:

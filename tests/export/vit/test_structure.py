@@ -255,7 +255,8 @@ def test_a_model_that_crashes_is_refused_with_its_own_words() -> None:
             raise KeyError("no such thing")
 
     assert refusal(Broken(), (32, 40)) == (
-        "Broken: does not run on a batch of shape (1, 3, 32, 40): 'no such thing'"
+        "Broken: does not run on a batch of shape (1, 3, 32, 40): 'no such thing'; is it made for "
+        "another --image-size?"
     )
 
 

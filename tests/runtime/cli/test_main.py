@@ -88,7 +88,7 @@ def test_an_export_command_says_what_to_install(regraft: Regraft, export_missing
     assert (code, out) == (1, "")
     assert err == (
         "regraft: `regraft find` needs the export distribution, which is not installed; "
-        "pip install regraft-export\n"
+        "pip install 'regraft-export', or in a checkout of regraft pip install './export'\n"
     )
 
 
@@ -172,20 +172,24 @@ def test_a_command_within_a_command_warns_once(
     assert regraft("warn") == (0, "", "regraft: warning: slow\n")
 
 
-def test_sigterm_unwinds(regraft: Regraft, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_sigterm_unwinds(
+    regraft: Regraft, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
     body = f"""
     import os, signal, time
     from regraft.files import whole_file
     with whole_file({str(tmp_path / "out.bin")!r}) as hidden:
         hidden.write_text('half')
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.{name})
         time.sleep(20)
 """
     add_command(monkeypatch, tmp_path, "serve", body)
-    before = signal.getsignal(signal.SIGTERM)
-    assert regraft("serve")[0] == 143
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored
+    assert regraft("serve")[0] == 128 + number
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.signal(number, before) is signal.SIG_DFL
 
 
 def test_a_reader_that_goes_away_is_no_traceback(pristine_bundle: Path) -> None:

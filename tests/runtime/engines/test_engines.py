@@ -170,7 +170,8 @@ def test_a_missing_onnxruntime_says_what_to_install(
     with pytest.raises(EngineError) as caught:
         open_engine(pristine_bundle / "model.onnx", name)
     assert str(caught.value).endswith(
-        "ort-cpu: onnxruntime is not installed; pip install 'regraft-runtime[cpu]'"
+        "ort-cpu: onnxruntime is not installed; pip install 'regraft-runtime[cpu]', or in a "
+        "checkout of regraft pip install './runtime[cpu]'"
     )
 
 

@@ -221,7 +221,8 @@ def test_a_missing_package_says_what_to_install(
             raise ImportError("libtbb.so: no such file")
 
         monkeypatch.setattr(module, "_core", broken)
-    message = rf"^openvino: openvino {reason}; pip install 'regraft-runtime\[openvino\]'$"
+    message = rf"^openvino: openvino {reason}; pip install 'regraft-runtime\[openvino\]', or in a "
+    message += r"checkout of regraft pip install './runtime\[openvino\]'$"
     with pytest.raises(EngineError, match=message):
         open_engine(pristine_bundle / "model.onnx", "openvino")
 

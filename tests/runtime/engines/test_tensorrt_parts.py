@@ -189,7 +189,8 @@ def test_a_missing_package_says_what_to_install(
     with pytest.raises(EngineError) as caught:
         open_engine(graph, "tensorrt")
     assert str(caught.value) == (
-        f"tensorrt: {package} is not installed; pip install 'regraft-runtime[tensorrt]'"
+        f"tensorrt: {package} is not installed; pip install 'regraft-runtime[tensorrt]', "
+        "or in a checkout of regraft pip install './runtime[tensorrt]'"
     )
 
 

@@ -7,13 +7,16 @@ ordinary patches alone go beyond twice the median, no redirect can help that: th
 is the largest norm that ordinary patches had before.
 
 A set is judged on two images first, those with the largest norms, and given up as soon as it has
-failed: most sets cost one short pass over these.
+failed: most sets cost one short pass over these. In front of the first touched layer all sets are
+alike, so what comes there is computed once for each such layer and kept, up to 1 GiB.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +24,7 @@ from torch import Tensor
 from regraft.errors import InputError, ModelError
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft_export.finding.outliers import Detection
-from regraft_export.finding.passes import patch_norms, run_until
+from regraft_export.finding.passes import block_output, patch_norms, resumed, run_until
 from regraft_export.finding.score import Scores
 from regraft_export.vit.hooks import redirected
 from regraft_export.vit.structure import VisionTransformer
@@ -30,6 +33,7 @@ REMOVED = 0.99
 TIMES_MEDIAN = 2.0
 TO_SPARE = 0.9
 _FIRST_IMAGES = 2
+MAX_KEPT_BYTES = 1 << 30
 
 Unit = tuple[int, int]
 """(layer, index)."""
@@ -135,6 +139,9 @@ class Judge:
         first, rest = order[:_FIRST_IMAGES], order[_FIRST_IMAGES:]
         self._batches = [pixels[i] for i in (first, *torch.split(rest, batch_size)) if len(i)]
         self._seen: dict[frozenset[Unit], Outcome] = {}
+        self._starts: dict[tuple[int, int], Any] = {}
+        tokens = (vit.layout.count + 1) * vit.layout.width * vit.dtype.itemsize
+        self._room = MAX_KEPT_BYTES // tokens  # images of which one block's output is kept
 
     def limits(self) -> list[Limits]:
         """From the strictest to the most lenient, see the module."""
@@ -158,9 +165,11 @@ class Judge:
     def run(self, units: Sequence[Unit], limits: Limits | None = None) -> Outcome:
         """Redirects ``units``; with ``limits``, no further than to the first image that fails."""
         outliers, largest, done = 0, 0.0, 0
+        first = min(layer for layer, _ in units)
         with redirected(self._vit, register_neurons(units, self._scores)):
-            for batch in self._batches:
-                norms = self._norms(batch)
+            for index, batch in enumerate(self._batches):
+                with self._started(index, first):
+                    norms = self._norms(batch)
                 outliers += int((norms > self._detection.threshold).sum())
                 largest = max(largest, float(norms.max()))
                 done += 1
@@ -170,6 +179,22 @@ class Judge:
         outcome = Outcome(outliers, largest, done == len(self._batches))
         self._seen[frozenset(units)] = outcome
         return outcome
+
+    @contextmanager
+    def _started(self, index: int, layer: int) -> Iterator[None]:
+        """Within it, passes over one batch begin at ``layer``, where that much can be kept.
+
+        With registers appended, but in front of every touched layer, so that no redirect matters.
+        """
+        batch, key = self._batches[index], (index, layer)
+        if layer == 0 or (key not in self._starts and len(batch) > self._room):
+            yield
+            return
+        if key not in self._starts:
+            self._starts[key] = block_output(self._vit, batch, layer - 1)
+            self._room -= len(batch)
+        with resumed(self._vit, layer - 1, self._starts[key]):
+            yield
 
     def _norms(self, pixels: Tensor) -> Tensor:
         """(B, patches) at the detection layer, on the CPU."""

@@ -68,6 +68,47 @@ def norms_recorded(vit: VisionTransformer) -> Iterator[list[Tensor]]:
         yield norms
 
 
+def block_output(vit: VisionTransformer, pixels: Tensor, layer: int) -> Any:
+    """What one block returns, as it returns it, with whatever hooks are active.
+
+    Args:
+        vit: the model.
+        pixels: (B, 3, H, W), preprocessed.
+        layer: the block after which the pass ends.
+    """
+    reached: list[Any] = []
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        reached.append(output)
+        raise _Reached
+
+    handle = vit.blocks[layer].module.register_forward_hook(stop)
+    try:
+        with torch.inference_mode(), suppress(_Reached):
+            vit.module(to_input(vit, pixels))
+    finally:
+        handle.remove()
+    return reached[0]
+
+
+@contextmanager
+def resumed(vit: VisionTransformer, layer: int, output: Any) -> Iterator[None]:
+    """Within it, passes skip the blocks up to ``layer``, as if it had returned ``output``."""
+
+    def returned(*args: Any, **kwargs: Any) -> Any:
+        return output
+
+    with ExitStack() as stack:
+        for block in vit.blocks[: layer + 1]:
+            replaced = vars(block.module).get("forward")  # by somebody else before
+            block.module.forward = returned
+            if replaced is None:
+                stack.callback(delattr, block.module, "forward")
+            else:
+                stack.callback(setattr, block.module, "forward", replaced)
+        yield
+
+
 def run_until(
     vit: VisionTransformer, pixels: Tensor, layer: int, hidden: Collection[int] = ()
 ) -> Partial:
@@ -83,12 +124,6 @@ def run_until(
         ModelError: the activations are not laid out token by token.
     """
     kept: dict[int, Tensor] = {}
-    reached: list[Tensor] = []
-
-    def stop(module: nn.Module, args: Any, output: Any) -> None:
-        reached.append(first_tensor(output))
-        raise _Reached
-
     with ExitStack() as stack:
         for index in hidden:
 
@@ -97,10 +132,7 @@ def run_until(
 
             down = vit.blocks[index].down
             stack.callback(down.register_forward_pre_hook(keep).remove)
-        stack.callback(vit.blocks[layer].module.register_forward_hook(stop).remove)
-        with torch.inference_mode(), suppress(_Reached):
-            vit.module(to_input(vit, pixels))
-    tokens = reached[0]
+        tokens = first_tensor(block_output(vit, pixels, layer))
     for index, h in kept.items():
         if h.shape[:-1] != tokens.shape[:-1]:
             raise ModelError(

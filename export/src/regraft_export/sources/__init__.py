@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regraft.errors import ModelError
+from regraft.errors import ModelError, how_to_install
 from regraft.preprocessing import Preprocessing
 from regraft_export.sources.data_config import PreprocessingOverrides
 
@@ -109,5 +109,5 @@ def missing_package(model: str, scheme: str, error: ModuleNotFoundError) -> Mode
     extra = _EXTRAS.get(scheme, "torch")
     return ModelError(
         f"{model}: the package {error.name!r} is not installed; "
-        f"run `pip install 'regraft-export[{extra}]'`"
+        f"{how_to_install('regraft-export', extra)}"
     )

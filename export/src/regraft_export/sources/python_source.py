@@ -112,8 +112,9 @@ def _import(subject: str, target: str) -> ModuleType:
 def _call(subject: str, module: ModuleType, function: str) -> Any:
     build = getattr(module, function, None)
     if not callable(build):
+        origin = Path(module.__file__ or module.__name__).name
         raise ModelError(
-            f"{subject}: {module.__name__} has no function {function!r}; expected one without "
+            f"{subject}: {origin} has no function {function!r}; expected one without "
             "arguments that returns an nn.Module"
         )
     try:

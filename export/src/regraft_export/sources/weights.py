@@ -148,7 +148,11 @@ def _read_pickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     # torch.load meets arbitrary bytes here, and raises whatever its three readers stumble over.
     except Exception as error:
-        code = re.search(r"Unsupported (?:global: GLOBAL|class|operand) (\S+)", str(error))
+        with path.open("rb") as stream:  # bytes of other formats look like operands, too
+            pickled = stream.read(2)[:1] in (b"\x80", b"P")
+        code = pickled and re.search(
+            r"Unsupported (?:global: GLOBAL|class|operand) (\S+)", str(error)
+        )
         if code:
             raise ModelError(
                 f"{path}: this pickle needs code to be read ({code[1]}), which regraft does not "

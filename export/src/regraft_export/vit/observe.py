@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from regraft.errors import ModelError
 from regraft_export.vit.attention_calls import AttentionCalls, Scores
 from regraft_export.vit.parts import VisionTransformer, first_tensor, pooled_of
 
@@ -47,6 +48,9 @@ def observe(
         pixels: (B, 3, H, W), preprocessed.
         layers: whose raw block outputs to record.
         attentions: of which blocks to record attention.
+
+    Raises:
+        ModelError: a block computes its attention in a way that does not show it.
     """
     hidden: dict[int, Tensor] = {}
     final: list[Tensor] = []
@@ -64,6 +68,12 @@ def observe(
         if attentions:
             stack.enter_context(_attention(vit, attentions, attention))
         output = vit.module(pixels)
+    if unseen := sorted(set(attentions) - set(attention)):
+        raise ModelError(
+            f"block {unseen[0]} ({type(vit.blocks[unseen[0]].module).__name__}): its attention was "
+            "not seen; expected a call of scaled_dot_product_attention or nn.MultiheadAttention, "
+            "or a softmax of shape (B, heads, tokens, tokens)"
+        )
     tokens = final[0]
     count = vit.layout.count
     return Observation(

@@ -61,7 +61,8 @@ def run_once(module: nn.Module, stack: list[nn.Module], image_size: tuple[int, i
             # Any failure of foreign code on a plain image batch means: not usable as it is.
             raise ModelError(
                 f"{type(module).__name__}: does not run on a batch of shape "
-                f"(1, 3, {image_size[0]}, {image_size[1]}): {error}"
+                f"(1, 3, {image_size[0]}, {image_size[1]}): {error}; is it made for another "
+                "--image-size?"
             ) from error
     if len(seen.inputs) != len(stack):
         raise ModelError(

@@ -1,7 +1,7 @@
 """The command ``regraft``: reads the first word, imports that command alone, and runs it.
 
 Exit codes: 0; 1 for bad input or a failed gate, with one line on stderr; 2 for wrong usage; 130
-after Ctrl-C; 141 if the reader of stdout went away.
+after Ctrl-C; 129 and 143 after SIGHUP and SIGTERM; 141 if the reader of stdout went away.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from regraft.cli.table import Command, all_commands, find_command, module_of
 from regraft.errors import RegraftError
 
 INTERRUPTED = 128 + signal.SIGINT
-TERMINATED = 128 + signal.SIGTERM
 READER_GONE = 141  # 128 + SIGPIPE, which Windows does not have
 
 
@@ -143,7 +142,8 @@ class _Seen:
 
 @contextmanager
 def _signals() -> Iterator[_Seen]:
-    """Lets Ctrl-C and SIGTERM (`docker stop`) unwind the stack, so that outputs are whole or none.
+    """Lets Ctrl-C, SIGTERM (`docker stop`) and SIGHUP (a lost terminal) unwind the stack, so that
+    outputs are whole or none.
 
     Ctrl-C is also noted: an import of compiled code that is interrupted fails with an ImportError.
     """
@@ -154,9 +154,11 @@ def _signals() -> Iterator[_Seen]:
         raise KeyboardInterrupt
 
     def terminate(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(TERMINATED)
+        raise SystemExit(128 + number)
 
     wanted = {signal.SIGINT: interrupt, signal.SIGTERM: terminate}
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        wanted[signal.SIGHUP] = terminate
     before = {}
     try:
         for number, handler in wanted.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 
-from regraft.errors import InputError
+from regraft.errors import InputError, how_to_install
 
 GROUP = "regraft.commands"
 EXPORT = "regraft-export"
@@ -73,7 +73,7 @@ def module_of(command: Command) -> str:
     if command.module is None:
         raise InputError(
             f"`regraft {command.name}` needs the export distribution, which is not installed; "
-            f"pip install {EXPORT}"
+            f"{how_to_install(EXPORT)}"
         )
     return command.module
 

@@ -25,7 +25,7 @@ from regraft.commands.verify import add_reference, lines, open_reference
 from regraft.engines import AUTO, NAMES
 from regraft.errors import EngineError
 from regraft.images import list_images
-from regraft.pipeline import Batch, Failure, batches
+from regraft.pipeline import Batch, batches
 from regraft.progress import BuildBar, Progress
 from regraft.verification import Verification
 
@@ -84,12 +84,12 @@ def run(args: argparse.Namespace) -> int:
         reference = stack.enter_context(open_reference(bundle, args))
         bar = stack.enter_context(BuildBar())
         progress = stack.enter_context(Progress(len(paths), "images", "verifying"))
-
-        def skip(failure: Failure) -> None:
-            progress.note(f"regraft: {failure.message}")
-            progress.advance()
-
-        prepared = batches(paths, bundle.manifest.preprocessing, args.batch_size, on_error=skip)
+        prepared = batches(
+            paths,
+            bundle.manifest.preprocessing,
+            args.batch_size,
+            on_error=lambda failure: progress.leave_out(failure.message),
+        )
         found, reports = build(
             bundle,
             planned,

@@ -129,8 +129,7 @@ def _extract(extractor: Extractor, paths: list[Path], args: argparse.Namespace) 
     ):
 
         def leave_out(failure: Failure) -> None:
-            progress.advance()
-            progress.note(f"regraft: {failure.message}")
+            progress.leave_out(failure.message)
             summary.failed.append({"path": str(failure.path), "message": failure.message})
 
         for features in extractor.stream(paths, on_error=leave_out):

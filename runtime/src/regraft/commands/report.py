@@ -76,8 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
         def leave_out(source: Source, error: ImageError) -> None:
             failed.append((source.name, str(error)))
-            progress.note(f"regraft: {error}")
-            progress.advance()
+            progress.leave_out(error)
 
         found = measure(
             bundle,

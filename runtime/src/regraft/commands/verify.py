@@ -18,7 +18,7 @@ from typing import Any
 from regraft.bundle import Bundle
 from regraft.cli.options import add_engine, at_least
 from regraft.engines import EngineOptions
-from regraft.errors import InputError
+from regraft.errors import InputError, how_to_install
 from regraft.images import list_images
 from regraft.pipeline import Failure, batches
 from regraft.progress import Progress
@@ -60,8 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
         def skip(failure: Failure) -> None:
             failures.append(failure)
-            progress.note(f"regraft: {failure.message}")
-            progress.advance()
+            progress.leave_out(failure.message)
 
         prepared = batches(paths, bundle.manifest.preprocessing, args.batch_size, on_error=skip)
         found = verify(
@@ -100,7 +99,9 @@ def open_reference(bundle: Bundle, args: argparse.Namespace) -> Any:
         return UnoptimisedGraph(bundle, args.threads)
     found = entry_points(group=REFERENCES, name="pytorch")
     if not found:
-        raise InputError("--model needs the export distribution; pip install regraft-export")
+        raise InputError(
+            f"--model needs the export distribution; {how_to_install('regraft-export')}"
+        )
     reference: Reference = next(iter(found)).load()(bundle, args.model, args.weights)
     return reference
 
@@ -112,17 +113,19 @@ def lines(found: Verification) -> Iterator[str]:
         f"parity of {found.engine} ({found.precision}) with {found.reference}, "
         f"{found.images} images: {verdict}"
     )
-    yield f"  {'graph':<16}{'output':<22}{'relative error':>15}{'token cosine':>14}{'image':>10}"
+    cosines = f"{'token cosine':>14}{'worst token':>13}{'image':>10}"
+    yield f"  {'graph':<16}{'output':<22}{'relative error':>15}{cosines}"
     for c in found.parity:
         if c.graph in ("model", "baseline") or not c.passed:
             tokens = "" if c.token_cosine is None else f"{c.token_cosine:.6f}"
+            worst = "" if c.worst_token is None else f"{c.worst_token.cosine:.6f}"
             image = "" if c.image_cosine is None else f"{c.image_cosine:.6f}"
-            figures = f"{c.relative_error:>15.1e}{tokens:>14}{image:>10}"
+            figures = f"{c.relative_error:>15.1e}{tokens:>14}{worst:>13}{image:>10}"
             yield f"  {c.graph:<16}{c.output:<22}{figures}{'' if c.passed else '  FAILED'}"
     probes = [c for c in found.parity if c.graph.startswith("probe")]
     if probes:
-        worst = max(c.relative_error for c in probes)
-        yield f"  probes: {len(probes)} outputs compared, largest relative error {worst:.1e}"
+        largest = max(c.relative_error for c in probes)
+        yield f"  probes: {len(probes)} outputs compared, largest relative error {largest:.1e}"
     effect = found.effect
     if effect is None:
         bf16 = ", or they are bf16, which ort-cpu cannot run" if found.precision == "bf16" else ""

@@ -7,6 +7,7 @@ needs a build ever built silently. A new engine is one module and one row in :da
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 
 from regraft import engine_cache
@@ -34,6 +35,11 @@ __all__ = [
     "engine_class",
     "open_engine",
 ]
+
+# ONNX Runtime (from 1.29 on) reports to its maker as soon as it is imported, and leaves an
+# identifier in the home folder; `disable_telemetry_events` comes too late for that. Nobody asked
+# for either.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 AUTO = "auto"
 # Name -> module and class. Modules load on use: some import what is not installed everywhere.
@@ -79,14 +85,15 @@ def open_engine(
     kind = engine_class(engine)
     precision = kind.arithmetic(precision, options.precision)
     if kind.needs_build and built is None:
-        built = _cached(kind, graph, precision)
-        if built is None:
+        opened = _from_cache(kind, graph, precision, options)
+        if opened is None:
             asked = f" --precision {precision}" if options.precision else ""
             raise EngineError(
                 f"{engine}: {graph.name} was not built in {precision} on this machine, or for "
                 "another version, device or content; "
                 f"run: regraft build {graph.parent} --engine {engine}{asked} --images DIR"
             )
+        return opened
     return kind(graph, precision, options, built)
 
 
@@ -130,12 +137,16 @@ def cache_key(
     )
 
 
-def _cached(kind: type[Engine], graph: Path, precision: str) -> Path | None:
-    """The folder in the cache; None if it was not built. A damaged entry is an error."""
+def _from_cache(
+    kind: type[Engine], graph: Path, precision: str, options: EngineOptions
+) -> Engine | None:
+    """What was built of a graph, opened; None if it was not built. A damaged entry is an error."""
     if reason := kind.unavailable(precision):
         raise EngineError(f"{kind.name}: {reason}")
-    entry = engine_cache.latest(cache_key(kind, graph, precision), graph)
-    return None if entry is None else entry.folder
+    key = cache_key(kind, graph, precision)
+    with engine_cache.held(key):
+        entry = engine_cache.latest(key, graph)
+        return None if entry is None else kind(graph, precision, options, entry.folder)
 
 
 def _first_available(graph: Path, precision: str, options: EngineOptions) -> Engine:
@@ -143,11 +154,11 @@ def _first_available(graph: Path, precision: str, options: EngineOptions) -> Eng
     for kind in (engine_class(name) for name in AUTO_ORDER if name in MODULES):
         reason = kind.unavailable(precision)
         if reason is None and kind.needs_build:
-            built = _cached(kind, graph, precision)
-            reason = None if built else "is not built; `regraft build` does it"
-        else:
-            built = None
-        if reason is None:
-            return kind(graph, kind.arithmetic(precision, options.precision), options, built)
+            asked = kind.arithmetic(precision, options.precision)
+            if opened := _from_cache(kind, graph, asked, options):
+                return opened
+            reason = "is not built; `regraft build` does it"
+        elif reason is None:
+            return kind(graph, kind.arithmetic(precision, options.precision), options)
         reasons.append(f"{kind.name}: {reason}")
     raise EngineError(f"no engine can run here: {'; '.join(reasons)}")

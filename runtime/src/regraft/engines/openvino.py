@@ -11,6 +11,7 @@ gets, and bf16 only what asks for it and passes bf16's parity gate.
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from regraft.engines.base import BuildOptions, BuildProgress, Engine, EngineOptions, Shape
 from regraft.engines.cores import usable_cores
-from regraft.errors import EngineError
+from regraft.errors import EngineError, how_to_install
 from regraft.manifest import INPUT
 
 BLOB = "model.blob"
@@ -44,7 +45,7 @@ class OpenVinoEngine(Engine):
         except ImportError as error:
             missing = isinstance(error, ModuleNotFoundError)
             reason = "is not installed" if missing else f"cannot be imported ({error})"
-            return f"openvino {reason}; pip install 'regraft-runtime[openvino]'"
+            return f"openvino {reason}; {how_to_install('regraft-runtime', 'openvino')}"
         capabilities = _capabilities(core)
         if precision == "bf16" and "BF16" not in capabilities:
             return (
@@ -63,11 +64,9 @@ class OpenVinoEngine(Engine):
     @classmethod
     def environment(cls) -> tuple[str, str]:
         """OpenVINO's version; the processor and what it can compute in."""
-        import openvino
-
         core = _core()
         processor = core.get_property(_DEVICE, "FULL_DEVICE_NAME")
-        return str(openvino.get_version()), f"{processor} ({', '.join(_capabilities(core))})"
+        return str(_openvino().get_version()), f"{processor} ({', '.join(_capabilities(core))})"
 
     @classmethod
     def build(
@@ -124,9 +123,7 @@ class OpenVinoEngine(Engine):
     def _run(
         self, pixels: NDArray[np.float32], outputs: Sequence[str]
     ) -> Sequence[NDArray[np.float32]]:
-        import openvino
-
-        self._request.set_tensor(INPUT, openvino.Tensor(pixels, shared_memory=True))
+        self._request.set_tensor(INPUT, _openvino().Tensor(pixels, shared_memory=True))
         self._request.infer()
         # Copies: the next run writes into the same memory.
         return [np.array(self._request.get_tensor(name).data, np.float32) for name in outputs]
@@ -152,10 +149,22 @@ class OpenVinoEngine(Engine):
         return telling[-1] if telling else super()._reason(error)
 
 
-def _core() -> Any:
+def _openvino() -> Any:
+    """The library, imported without the package by which it reports every import to its maker."""
+    reports = "openvino_telemetry"
+    if "openvino" not in sys.modules and reports not in sys.modules:
+        sys.modules[reports] = None  # type: ignore[assignment] # refuses its import, for a while
+        try:
+            import openvino
+        finally:
+            del sys.modules[reports]
     import openvino
 
-    return openvino.Core()
+    return openvino
+
+
+def _core() -> Any:
+    return _openvino().Core()
 
 
 def _capabilities(core: Any) -> list[str]:

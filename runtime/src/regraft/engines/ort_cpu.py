@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from regraft.engines.base import Engine, EngineOptions, Shape
 from regraft.engines.cores import usable_cores
-from regraft.errors import EngineError
+from regraft.errors import EngineError, how_to_install
 from regraft.manifest import INPUT
 
 _log = logging.getLogger("regraft")
@@ -39,7 +39,7 @@ class OrtCpuEngine(Engine):
             # A broken installation fails with an ImportError too, and then says more.
             missing = isinstance(error, ModuleNotFoundError)
             reason = "is not installed" if missing else f"cannot be imported ({error})"
-            return f"onnxruntime {reason}; pip install 'regraft-runtime[cpu]'"
+            return f"onnxruntime {reason}; {how_to_install('regraft-runtime', 'cpu')}"
         return None
 
     def _open(

@@ -32,12 +32,12 @@ from regraft.engines.tensorrt.cuda import Cuda
 from regraft.engines.tensorrt.inspect import look_at_engine
 from regraft.engines.tensorrt.listeners import failure, logger
 from regraft.engines.tensorrt.runner import Runner
-from regraft.errors import EngineError
+from regraft.errors import EngineError, how_to_install
 from regraft.manifest import INPUT
 
 PLAN, TIMING = "model.plan", "timing.cache"
 _PACKAGES = {"tensorrt": "tensorrt", "cuda.bindings.runtime": "cuda-bindings"}
-_INSTALL = "pip install 'regraft-runtime[tensorrt]'"
+_INSTALL = how_to_install("regraft-runtime", "tensorrt")
 _ATTENTION = ("any", "fused")
 
 
