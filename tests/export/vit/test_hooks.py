@@ -223,7 +223,8 @@ def test_attention_that_is_not_seen_is_an_error() -> None:
     with pytest.raises(
         ModelError,
         match=r"^block 2 \(Block\): its attention was not seen; expected a call of "
-        r"scaled_dot_product_attention, or a softmax of shape \(B, heads, tokens, tokens\)$",
+        r"scaled_dot_product_attention or nn\.MultiheadAttention, or a softmax of shape "
+        r"\(B, heads, tokens, tokens\)$",
     ):
         observe(vit, pictured("timm", 1), attentions=[0, 2])
 

@@ -71,8 +71,8 @@ def observe(
     if unseen := sorted(set(attentions) - set(attention)):
         raise ModelError(
             f"block {unseen[0]} ({type(vit.blocks[unseen[0]].module).__name__}): its attention was "
-            "not seen; expected a call of scaled_dot_product_attention, or a softmax of shape "
-            "(B, heads, tokens, tokens)"
+            "not seen; expected a call of scaled_dot_product_attention or nn.MultiheadAttention, "
+            "or a softmax of shape (B, heads, tokens, tokens)"
         )
     tokens = final[0]
     count = vit.layout.count
