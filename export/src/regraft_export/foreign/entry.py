@@ -129,22 +129,21 @@ def _patches_last(
 ) -> bool:
     """Whether the last tokens are the patches: walked back to where the prefix was put on."""
     patches = grid[0] * grid[1]
-    value: gs.Tensor = tokens
-    while count > patches:
+    if count == patches:
+        return True
+    pending: list[gs.Tensor] = [tokens]
+    while pending:
+        value = pending.pop()
         if len(value.inputs) != 1:
-            return False
+            continue
         node = value.inputs[0]
         if node.op == "Concat":
             shape = shapes.of(node.inputs[-1]) or ()
             return patches in shape[:-1]
         if node.op in PASSES or node.op in _NORMS:
-            value = node.inputs[0]
+            pending.append(node.inputs[0])
         elif node.op in ("Add", "Mul"):
-            whole = [t for t in node.inputs if shapes.of(t) == shapes.of(node.outputs[0])]
-            whole = [t for t in whole if not is_constant(t)]
-            if len(whole) != 1:
-                return False
-            value = whole[0]
-        else:
-            return False
-    return True
+            # Of two that are whole, one is a position embedding, which no Concat ends in.
+            whole = shapes.of(node.outputs[0])
+            pending += [t for t in node.inputs if shapes.of(t) == whole]
+    return False

@@ -16,9 +16,9 @@ from regraft.errors import ModelError
 from regraft_export.foreign.constants import is_constant
 from regraft_export.foreign.mlp import ATTENTION, PASSES, Mlp, mlps
 from regraft_export.foreign.reach import Reach
+from regraft_export.graph.token_rules import CONTRIBUTED_RULES
 from regraft_export.onnx_file.view import View
 
-# Attention of opsets 11 to 14 in ONNX's contributed operators, and everything fused from more.
 _FUSED = "com.microsoft"
 _QUANTISED = frozenset(
     ["DequantizeLinear", "QLinearMatMul", "MatMulInteger", "MatMulNBits", "DynamicQuantizeLinear"]
@@ -89,7 +89,7 @@ def choose(view: View, stacks: Sequence[Stack], prefix: str | None) -> Stack:
         ModelError: there is none, or more than one that fits.
     """
     path = view.file.path
-    if not stacks:
+    if not stacks or _fused(view):
         raise ModelError(f"{path}: {_why_none(view)}")
     fitting = stacks
     if prefix is not None:
@@ -184,9 +184,15 @@ def _scopes(entry: onnx.StringStringEntryProto) -> list[str]:
     return [part.strip(" '\"") for part in entry.value.strip("[]").split(",")]
 
 
+def _fused(view: View) -> list[str]:
+    """Operators that ONNX Runtime's optimiser made of several; one may hide a block."""
+    harmless = {*CONTRIBUTED_RULES, *_QUANTISED}
+    return sorted({n.op for n in view.graph.nodes if n.domain == _FUSED and n.op not in harmless})
+
+
 def _why_none(view: View) -> str:
     nodes = view.graph.nodes
-    fused = sorted({n.op for n in nodes if n.domain == _FUSED and n.op not in _QUANTISED})
+    fused = _fused(view)
     if fused:
         return (
             f"its blocks are fused already ({', '.join(fused)}, of ONNX Runtime's optimiser); "

@@ -85,7 +85,7 @@ def walk(
             opened = None in declared[name][2:] and _fits_larger(view, inputs, name, conv)
             return Image(name, declared[name], (height, width), opened), shapes
         reason = f"the shape of {stack.start.name!r} cannot be inferred"
-    wanted = "" if size is None else f" {size[0]} x {size[1]}"
+    wanted = "s that fit its constants" if size is None else f" {size[0]} x {size[1]}"
     raise ModelError(
         f"{view.file.path}: the graph cannot be followed at image size{wanted} ({reason}); give "
         "the size it was exported for with --image-size"

@@ -4,7 +4,8 @@ transformers writes one into every vision model it traces, with the token count 
 guard against rows that are masked whole. Neither does anything, both cost time.
 
 1. ``scores + Where(all true, 0, -inf)`` becomes ``scores``.
-2. ``Where(IsNaN(p), 0, p)`` after that softmax becomes ``p``: without a mask no row is NaN unless
+2. ``Attention(q, k, v, all true)``, or with a mask of zeros, becomes ``Attention(q, k, v)``.
+3. ``Where(IsNaN(p), 0, p)`` after that softmax becomes ``p``: without a mask no row is NaN unless
    its input is, and then the NaN must show.
 """
 
@@ -20,7 +21,18 @@ def drop_neutral_mask(graph: gs.Graph) -> int:
     """Drops the masks; returns how many attentions were freed of one."""
     dropped = 0
     for node in list(graph.nodes):
-        if node.op == "Where" and _all_true(node.inputs[0]) and _all_zero(node.inputs[1]):
+        if node.op == "Attention" and not node.domain and len(node.inputs) == 4:
+            if _neutral(node.inputs[3]):
+                node.inputs = list(node.inputs[:3])
+                dropped += 1
+        elif node.op == "Add" and any(_is_mask(t) for t in node.inputs):
+            mask = next(t for t in node.inputs if _is_mask(t))
+            scores = next(t for t in node.inputs if t is not mask)
+            if any(n.op == "Softmax" for n in consumers(node.outputs[0])):
+                replace_uses(graph, node.outputs[0], scores)
+                _drop_guard(graph, scores)
+                dropped += 1
+        elif node.op == "Where" and _all_true(node.inputs[0]) and _all_zero(node.inputs[1]):
             for add in consumers(node.outputs[0]):
                 if add.op == "Add":
                     scores = next(t for t in add.inputs if t is not node.outputs[0])
@@ -28,6 +40,21 @@ def drop_neutral_mask(graph: gs.Graph) -> int:
                     _drop_guard(graph, scores)
                     dropped += 1
     return dropped
+
+
+def _is_mask(value: gs.Tensor) -> bool:
+    """Whether a constant is a mask of zeros over pairs of tokens, (..., T, T)."""
+    if not isinstance(value, gs.Constant) or len(value.shape) < 3:
+        return False
+    T = value.shape[-1]
+    return T > 1 and value.shape[-2] == T and set(value.shape[:-2]) == {1} and _all_zero(value)
+
+
+def _neutral(value: gs.Tensor) -> bool:
+    made = value.inputs[0] if isinstance(value, gs.Variable) and value.inputs else None
+    if made is not None and made.op == "Where":
+        return _all_true(made.inputs[0]) and _all_zero(made.inputs[1])
+    return _all_true(value) or _is_mask(value)
 
 
 def _drop_guard(graph: gs.Graph, scores: gs.Tensor) -> None:

@@ -33,6 +33,7 @@ from regraft.redirect import RedirectOptions
 from regraft.tokens import TokenLayout
 from regraft_export.graph.anchors import DownProjection
 from regraft_export.graph.document import Editor
+from regraft_export.graph.open_count import OpenCount, along
 
 
 def redirect_neurons(
@@ -120,7 +121,7 @@ class _Site:
             prefix[0] = cls
         behind = np.array(registers, dtype=self.dtype)
         if self.open_count is not None:
-            return self.open_count.column(self, prefix, patches, behind)
+            return self.open_count.column(self.editor, self.axis, prefix, patches, behind)
         inner = np.full(self.layout.patches, patches, dtype=self.dtype)
         return self.editor.constant(
             "regraft.per_token", self.column(np.concatenate([prefix, inner, behind]))
@@ -128,7 +129,7 @@ class _Site:
 
     def column(self, numbers: NDArray[np.generic]) -> NDArray[np.generic]:
         """One number per token, laid along the tokens: (1, T, 1), or (T, 1, 1)."""
-        return numbers[None, :, None] if self.axis == 1 else numbers[:, None, None]
+        return along(numbers, self.axis)
 
     def on_registers(self) -> gs.Tensor:
         return self.per_token(0, 0, self.options.scale)
@@ -138,77 +139,11 @@ class _Site:
         if not self.down.flat:
             return rows
         if self.open_count is not None:
-            target = self.open_count.shape(self, stem, last)
+            target = self.open_count.shape(self.editor, stem, last)
         else:
             numbers = [-1, self.layout.count + self.options.registers, last]
             target = self.editor.constant(f"{stem}.shape", np.array(numbers, dtype=np.int64))
         return self.editor.node("Reshape", f"{stem}.tokens", [rows, target])
-
-
-class OpenCount:
-    """Numbers per token where T is open until run time; built once for the graph.
-
-    Args:
-        tokens: (B, T + R, D) or (T + R, B, D), with the registers.
-        axis: along which they lie there.
-    """
-
-    def __init__(self, tokens: gs.Variable, axis: int) -> None:
-        self.tokens, self.axis = tokens, axis
-        self._columns: dict[tuple[object, ...], gs.Variable] = {}
-        self._counts: gs.Variable | None = None
-
-    def count(self, editor: Editor) -> gs.Variable:
-        """(1,) int64: T + R."""
-        if self._counts is None:
-            shape = editor.node("Shape", "regraft.tokens.shape", [self.tokens], dtype=np.int64)
-            where = editor.constant("regraft.tokens.axis", np.array([self.axis], dtype=np.int64))
-            self._counts = editor.node("Gather", "regraft.tokens.count", [shape, where])
-        return self._counts
-
-    def shape(self, site: _Site, stem: str, last: int) -> gs.Variable:
-        """(3,) int64: (-1, T + R, last)."""
-        ends = [
-            site.editor.constant(f"{stem}.{what}", np.array([n], dtype=np.int64))
-            for what, n in (("images", -1), ("last", last))
-        ]
-        parts = [ends[0], self.count(site.editor), ends[1]]
-        return site.editor.node("Concat", f"{stem}.shape", parts, {"axis": 0})
-
-    def column(
-        self,
-        site: _Site,
-        prefix: NDArray[np.generic],
-        patches: float,
-        registers: NDArray[np.generic],
-    ) -> gs.Variable:
-        """A number per token, laid along them."""
-        key = (site.axis, site.dtype, prefix.tobytes(), patches, registers.tobytes())
-        if key not in self._columns:
-            self._columns[key] = self._column(site, prefix, patches, registers)
-        return self._columns[key]
-
-    def _column(
-        self,
-        site: _Site,
-        prefix: NDArray[np.generic],
-        patches: float,
-        registers: NDArray[np.generic],
-    ) -> gs.Variable:
-        ed, stem = site.editor, "regraft.per_token"
-        rest = np.array([len(prefix) + len(registers)], dtype=np.int64)
-        inner = ed.node(
-            "Sub", f"{stem}.patches", [self.count(ed), ed.constant(f"{stem}.rest", rest)]
-        )
-        one = ed.constant(f"{stem}.one", np.array([1], dtype=np.int64))
-        order = [one, inner, one] if site.axis == 1 else [inner, one, one]
-        target = ed.node("Concat", f"{stem}.shape", order, {"axis": 0})
-        number = ed.constant(f"{stem}.number", np.full((1, 1, 1), patches, dtype=site.dtype))
-        parts: list[gs.Tensor] = [ed.node("Expand", f"{stem}.inner", [number, target])]
-        if len(prefix):
-            parts.insert(0, ed.constant(f"{stem}.prefix", site.column(prefix)))
-        parts.append(ed.constant(f"{stem}.registers", site.column(registers)))
-        return ed.node("Concat", stem, parts, {"axis": site.axis}, dtype=site.dtype)
 
 
 def _constant_values(site: _Site) -> NDArray[np.generic]:
