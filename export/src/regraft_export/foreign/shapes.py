@@ -95,6 +95,9 @@ def _infer(view: View, node: gs.Node, result: Shapes, versions: Mapping[str, int
         for value, elements in zip(node.inputs, known, strict=True)
         if elements is not None and value.name
     }
+    if node.op in ("SplitToSequence", "SequenceAt") and node.inputs[0].name in types:
+        _record_part(node, known, result)
+        return
     schema = defs.get_schema(node.op, version, domain)
     try:
         outputs = shape_inference.infer_node_outputs(schema, _proto(view, node), types, data)
@@ -132,8 +135,15 @@ def _tensor(elements: Elements, kind: int | None) -> onnx.TensorProto:
 
 
 def _proto(view: View, node: gs.Node) -> onnx.NodeProto:
-    position = view.origin[id(node)]
-    return view.file.skeleton.graph.node[position]
+    original = view.file.skeleton.graph.node[view.origin[id(node)]]
+    names = [t.name for t in node.inputs]
+    if names == list(original.input):
+        return original
+    proto = onnx.NodeProto()  # a mask that masks nothing was dropped
+    proto.CopyFrom(original)
+    del proto.input[:]
+    proto.input.extend(names)
+    return proto
 
 
 def _record(value: gs.Tensor, inferred: TypeProto, result: Shapes) -> None:
@@ -145,3 +155,19 @@ def _record(value: gs.Tensor, inferred: TypeProto, result: Shapes) -> None:
         result.shapes[id(value)] = tuple(d.dim_value for d in kind.shape.dim)
     elif id(value) in result._elements:
         result.shapes[id(value)] = result._elements[id(value)].shape
+
+
+def _record_part(node: gs.Node, known: list[Elements | None], result: Shapes) -> None:
+    """A sequence of equal parts is known by the dimensions of one; inference knows none."""
+    source, out = node.inputs[0], node.outputs[0]
+    shape = result.of(source)
+    if shape is None:
+        return
+    if node.op == "SplitToSequence":
+        axis = int(node.attrs.get("axis", 0))
+        size = elements_of(known[1])[0].before if len(known) > 1 and known[1] is not None else 1
+        shape = tuple(int(size) if k == axis % len(shape) else n for k, n in enumerate(shape))
+    result.shapes[id(out)] = shape
+    kind = result.kind(source)
+    if kind is not None:
+        result.kinds[id(out)] = kind

@@ -11,10 +11,14 @@ guard against rows that are masked whole. Neither does anything, both cost time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
-from regraft_export.graph.document import consumers, replace_uses
+from regraft_export.graph.document import ancestors, consumers, replace_uses
 
 
 def drop_neutral_mask(graph: gs.Graph) -> int:
@@ -71,10 +75,45 @@ def _drop_guard(graph: gs.Graph, scores: gs.Tensor) -> None:
 def _all_true(value: gs.Tensor) -> bool:
     while isinstance(value, gs.Variable) and value.inputs:
         if value.inputs[0].op not in ("Expand", "Identity", "Unsqueeze", "Reshape"):
-            return False
+            return _computed_true(value)
         value = value.inputs[0].inputs[0]
     is_mask = isinstance(value, gs.Constant) and np.dtype(value.dtype) == np.bool_
     return bool(is_mask and value.values.all())
+
+
+def _computed_true(value: gs.Variable) -> bool:
+    """Whether a mask that an unoptimised export computes from constants alone is all true."""
+    nodes = ancestors(value)
+    read = [t for node in nodes for t in node.inputs]
+    from_constants = all(isinstance(t, gs.Constant) or t.inputs for t in read)
+    if len(nodes) > _MASK_NODES or not from_constants or any(n.domain for n in nodes):
+        return False
+    known: dict[str, NDArray[Any]] = {t.name: t.values for t in read if isinstance(t, gs.Constant)}
+    for _ in nodes:
+        pending = [n for n in nodes if n.outputs[0].name not in known]
+        ready = [n for n in pending if all(t.name in known for t in n.inputs)]
+        for node in ready:
+            if node.op not in _FOLDED:
+                return False
+            known[node.outputs[0].name] = _FOLDED[node.op](*(known[t.name] for t in node.inputs))
+    mask = known.get(value.name)
+    return mask is not None and mask.dtype == np.bool_ and bool(mask.all())
+
+
+def _unsqueezed(value: NDArray[Any], axes: NDArray[Any]) -> NDArray[Any]:
+    return np.expand_dims(value, tuple(axes.ravel().tolist()))
+
+
+_MASK_NODES = 32
+_FOLDED: dict[str, Callable[..., NDArray[Any]]] = {
+    "Range": np.arange,
+    "Add": np.add,
+    "CastLike": lambda value, like: value.astype(like.dtype),
+    "Unsqueeze": _unsqueezed,
+    "GreaterOrEqual": np.greater_equal,
+    "And": np.logical_and,
+    "Not": np.logical_not,
+}
 
 
 def _all_zero(value: gs.Tensor) -> bool:
