@@ -94,7 +94,9 @@ def patch(found: Survey, neurons: Neurons, options: RedirectOptions) -> Patched:
         i: redirect_neurons(graph, down, neurons.of(i), options, layout, counts)
         for i, down in downs.items()
     }
-    proto, stored = rewritten(found.view, axis.dims)
+    # What enters is as long as it was; only what was padded grows.
+    grown = {key: dims for key, dims in axis.dims.items() if key != id(entry.tokens)}
+    proto, stored = rewritten(found.view, grown)
     _mark(proto, neurons, options)
     sites = Sites(token=1, redirect=len(downs), output=len(exits), mended=tuple(mended))
     _check(found, proto, stored, sites, outputs)

@@ -95,13 +95,20 @@ def _infer(view: View, node: gs.Node, result: Shapes, versions: Mapping[str, int
         for value, elements in zip(node.inputs, known, strict=True)
         if elements is not None and value.name
     }
+    if node.op in ("GreaterOrEqual", "LessOrEqual"):  # below opset 16 they come without inference
+        known_shapes = [result.of(t) for t in node.inputs]
+        if all(shape is not None for shape in known_shapes):
+            broadcast = np.broadcast_shapes(*(shape or () for shape in known_shapes))
+            result.shapes[id(node.outputs[0])] = broadcast
+        result.kinds[id(node.outputs[0])] = onnx.TensorProto.BOOL
+        return
     if node.op in ("SplitToSequence", "SequenceAt") and node.inputs[0].name in types:
         _record_part(node, known, result)
         return
     schema = defs.get_schema(node.op, version, domain)
     try:
         outputs = shape_inference.infer_node_outputs(schema, _proto(view, node), types, data)
-    except shape_inference.InferenceError as error:
+    except (shape_inference.InferenceError, onnx.checker.ValidationError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise Conflict(f"node {node.name!r} ({node.op}): {reason}") from None
     for value in node.outputs:
@@ -135,7 +142,7 @@ def _tensor(elements: Elements, kind: int | None) -> onnx.TensorProto:
 
 
 def _proto(view: View, node: gs.Node) -> onnx.NodeProto:
-    original = view.file.skeleton.graph.node[view.origin[id(node)]]
+    original: onnx.NodeProto = view.file.skeleton.graph.node[view.origin[id(node)]]
     names = [t.name for t in node.inputs]
     if names == list(original.input):
         return original

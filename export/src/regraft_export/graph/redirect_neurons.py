@@ -307,5 +307,4 @@ def _outliers_replaced(
     replaced = ed.node("Where", f"{stem}.replaced", [above, mean, inner], dtype=site.dtype)
     pads = np.zeros((2, 3), dtype=np.int64)  # in front and behind, by axis
     pads[:, site.axis] = layout.prefix, site.options.registers
-    pads = pads.ravel()
-    return ed.node("Pad", f"{stem}.back", [replaced, ed.constant(f"{stem}.pads", pads)])
+    return ed.node("Pad", f"{stem}.back", [replaced, ed.constant(f"{stem}.pads", pads.ravel())])

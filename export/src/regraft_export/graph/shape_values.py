@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,7 +20,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 
-Number = int | float | bool
+Number = Any  # an int where it is a size; a float or bool on the way to one
 
 
 @dataclass(frozen=True, eq=False)

@@ -97,7 +97,7 @@ def _constant(node: onnx.NodeProto) -> NDArray[Any] | None:
     attribute = node.attribute[0]
     if attribute.name == "value":
         return np.array(numpy_helper.to_array(attribute.t))
-    kinds = {"value_int": np.int64, "value_ints": np.int64}
+    kinds: dict[str, Any] = {"value_int": np.int64, "value_ints": np.int64}
     kinds |= {"value_float": np.float32, "value_floats": np.float32}
     if attribute.name not in kinds:
         return None
