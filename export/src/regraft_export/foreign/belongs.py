@@ -37,7 +37,9 @@ def check_belongs(neurons: Neurons, found: Survey, force: bool) -> list[str]:
             "the neurons belong to these weights"
         )
     else:
-        objections += [line for layer in neurons.layers if (line := _objection(layer, expected, found))]
+        objections += [
+            line for layer in neurons.layers if (line := _objection(layer, expected, found))
+        ]
     size = about.get("image_size")
     if size is not None and list(size) != list(found.image.size) and not found.image.open_size:
         objections.append(

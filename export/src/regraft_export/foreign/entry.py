@@ -124,9 +124,7 @@ def _grid(tokens: gs.Variable, shapes: Shapes, reach: Reach) -> tuple[int, int] 
     return grids[-1] if grids else None
 
 
-def _patches_last(
-    tokens: gs.Variable, count: int, grid: tuple[int, int], shapes: Shapes
-) -> bool:
+def _patches_last(tokens: gs.Variable, count: int, grid: tuple[int, int], shapes: Shapes) -> bool:
     """Whether the last tokens are the patches: walked back to where the prefix was put on."""
     patches = grid[0] * grid[1]
     if count == patches:

@@ -128,7 +128,7 @@ def _residual(
 
 
 def _keeps(node: gs.Node, value: gs.Tensor) -> bool:
-    """Whether a node between product and residual addition is a bias, a scale, a norm or nothing."""
+    """Whether a node between product and addition is a bias, a scale, a norm or nothing."""
     if node.op in PASSES or node.op in _NORMS:
         return node.inputs[0] is value
     return node.op in ("Add", "Mul") and all(is_constant(t) for t in node.inputs if t is not value)

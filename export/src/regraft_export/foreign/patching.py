@@ -77,9 +77,7 @@ def patch(found: Survey, neurons: Neurons, options: RedirectOptions) -> Patched:
     outputs = {t.name: found.shapes.of(t) for t in graph.outputs}
     start = entry.dims(found.image.batch, layout.width, options.registers)
     shape = (entry.count, layout.width)
-    axis = TokenAxis(
-        entry.tokens, shape, options.registers, start=start, known=found.shapes.shapes
-    )
+    axis = TokenAxis(entry.tokens, shape, options.registers, start=start, known=found.shapes.shapes)
     for node in graph.nodes:
         if id(node) in found.inside:
             axis.visit(node)
@@ -127,8 +125,8 @@ def _down(graph: gs.Graph, found: Survey, axis: TokenAxis, layer: int) -> DownPr
     where = [k for k in range(len(dims.before)) if dims.carries(k)]
     if not flat and (len(dims.before) != 3 or where not in ([0], [1])):
         raise RewriteError(
-            f"layer {layer}: the activation {m.activation.name!r} has shape {dims.before}; expected "
-            "(batch, T, hidden) or rows of it"
+            f"layer {layer}: the activation {m.activation.name!r} has shape {dims.before}; "
+            "expected (batch, T, hidden) or rows of it"
         )
     if flat and found.entry.axis != 1:
         raise RewriteError(
@@ -221,4 +219,3 @@ def _without_weights(proto: onnx.ModelProto, stored: dict[str, Stored]) -> onnx.
             )
             bare.graph.input.append(info)
     return bare
-

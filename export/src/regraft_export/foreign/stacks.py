@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -109,9 +110,7 @@ def choose(view: View, stacks: Sequence[Stack], prefix: str | None) -> Stack:
     )
 
 
-def _walk_back(
-    stream: gs.Tensor, by_out: dict[int, Mlp], reach: Reach
-) -> tuple[Mlp, int] | None:
+def _walk_back(stream: gs.Tensor, by_out: dict[int, Mlp], reach: Reach) -> tuple[Mlp, int] | None:
     """The MLP before a stream, and how many additions lie between."""
     count = 0
     while id(stream) not in by_out:
@@ -152,7 +151,7 @@ def _first_read(stream: gs.Tensor, additions: int, reach: Reach) -> gs.Variable 
 
 def _attends(chain: Sequence[Mlp], reach: Reach) -> bool:
     """Whether there is one attention between each two MLPs."""
-    for before, after in zip(chain, chain[1:], strict=False):
+    for before, after in pairwise(chain):
         here = [n for n in reach.between(before.out, after.stream) if n.op in ATTENTION]
         if len(here) != 1:
             return False

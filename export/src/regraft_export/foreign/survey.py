@@ -143,10 +143,8 @@ def survey(
 def _refuse(file: OnnxFile) -> None:
     names = (n.name for n in file.skeleton.graph.node)
     marked = any(entry.key == MARK for entry in file.skeleton.metadata_props)
-    if marked or any(name.startswith("regraft.") for name in names):
-        raise ModelError(
-            f"{file.path}: is patched already; patch the file it was made from"
-        )
+    if marked or any(name.startswith("regraft.append_register") for name in names):
+        raise ModelError(f"{file.path}: is patched already; patch the file it was made from")
     if file.opset < MIN_OPSET:
         raise ModelError(
             f"{file.path}: is of opset {file.opset}; expected {MIN_OPSET} or later: export it "
@@ -154,10 +152,8 @@ def _refuse(file: OnnxFile) -> None:
         )
 
 
-def _attentions(
-    file: OnnxFile, stack: Stack, entry: Entry, reach: Reach
-) -> tuple[gs.Node, ...]:
-    """One a block: more or fewer mean that blocks were missed, and layers would be counted wrong."""
+def _attentions(file: OnnxFile, stack: Stack, entry: Entry, reach: Reach) -> tuple[gs.Node, ...]:
+    """One a block: with more or fewer, blocks were missed and layers miscounted."""
     found = [n for n in reach.between(entry.tokens, stack.mlps[-1].out) if n.op in ATTENTION]
     if len(found) != stack.depth:
         raise ModelError(

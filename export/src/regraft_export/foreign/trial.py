@@ -93,8 +93,14 @@ def walk(
 
 
 def _declared(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
-    dims = value.type.tensor_type.shape.dim
-    return tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in dims)
+    return tuple(_number(d) for d in value.type.tensor_type.shape.dim)
+
+
+def _number(dim: onnx.TensorShapeProto.Dimension) -> int | None:
+    if dim.dim_value > 0:
+        return int(dim.dim_value)
+    # transformers' exporter names the sizes of the images it traced: "224".
+    return int(dim.dim_param) if dim.dim_param.isdigit() else None
 
 
 def _sizes(

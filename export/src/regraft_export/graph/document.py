@@ -13,7 +13,6 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from regraft.errors import RewriteError
 
-
 AXES_AS_INPUT = 18  # the opset from which on every reduction takes its axes as an input
 
 

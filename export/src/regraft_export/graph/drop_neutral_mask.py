@@ -3,7 +3,7 @@
 transformers writes one into every vision model it traces, with the token count baked in, and a
 guard against rows that are masked whole. Neither does anything, both cost time.
 
-1. ``scores + Where(all true, 0, -inf)`` becomes ``scores``.
+1. ``scores + Where(all true, 0, -inf)``, and the other ways to add zeros, becomes ``scores``.
 2. ``Attention(q, k, v, all true)``, or with a mask of zeros, becomes ``Attention(q, k, v)``.
 3. ``Where(IsNaN(p), 0, p)`` after that softmax becomes ``p``: without a mask no row is NaN unless
    its input is, and then the NaN must show.
@@ -29,8 +29,8 @@ def drop_neutral_mask(graph: gs.Graph) -> int:
             if _neutral(node.inputs[3]):
                 node.inputs = list(node.inputs[:3])
                 dropped += 1
-        elif node.op == "Add" and any(_is_mask(t) for t in node.inputs):
-            mask = next(t for t in node.inputs if _is_mask(t))
+        elif node.op == "Add" and any(_adds_nothing(t) for t in node.inputs):
+            mask = next(t for t in node.inputs if _adds_nothing(t))
             scores = next(t for t in node.inputs if t is not mask)
             if any(n.op == "Softmax" for n in consumers(node.outputs[0])):
                 replace_uses(graph, node.outputs[0], scores)
@@ -52,6 +52,24 @@ def _is_mask(value: gs.Tensor) -> bool:
         return False
     T = value.shape[-1]
     return T > 1 and value.shape[-2] == T and set(value.shape[:-2]) == {1} and _all_zero(value)
+
+
+def _adds_nothing(value: gs.Tensor) -> bool:
+    """Whether a tensor is a mask of zeros, or ``(not all true) * a finite number``."""
+    if _is_mask(value):
+        return True
+    made = value.inputs[0] if isinstance(value, gs.Variable) and value.inputs else None
+    if made is None or made.op != "Mul":
+        return False
+    a, b = made.inputs
+    for factor, other in ((a, b), (b, a)):
+        while factor.inputs and factor.inputs[0].op in ("Cast", "Identity"):
+            factor = factor.inputs[0].inputs[0]
+        inverted = bool(factor.inputs) and factor.inputs[0].op == "Not"
+        finite = isinstance(other, gs.Constant) and bool(np.isfinite(other.values).all())
+        if inverted and finite and _all_true(factor.inputs[0].inputs[0]):
+            return True
+    return False
 
 
 def _neutral(value: gs.Tensor) -> bool:

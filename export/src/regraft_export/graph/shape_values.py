@@ -19,7 +19,6 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-
 Number = Any  # an int where it is a size; a float or bool on the way to one
 
 

@@ -104,9 +104,7 @@ def _constant(node: onnx.NodeProto) -> NDArray[Any] | None:
     return np.array(onnx.helper.get_attribute_value(attribute), dtype=kinds[attribute.name])
 
 
-def rewritten(
-    changed: View, dims: Mapping[int, Dims]
-) -> tuple[onnx.ModelProto, dict[str, Stored]]:
+def rewritten(changed: View, dims: Mapping[int, Dims]) -> tuple[onnx.ModelProto, dict[str, Stored]]:
     """The model with what a rewrite changed, and where its large tensors are.
 
     Args:

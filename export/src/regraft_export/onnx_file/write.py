@@ -73,9 +73,7 @@ def write_file(
     return [out, data]
 
 
-def _write_inside(
-    model: onnx.ModelProto, stored: Mapping[str, Stored], stream: BinaryIO
-) -> None:
+def _write_inside(model: onnx.ModelProto, stored: Mapping[str, Stored], stream: BinaryIO) -> None:
     heads: list[tuple[bytes, Stored]] = []
     kept: list[TensorProto] = []
     for tensor in model.graph.initializer:
