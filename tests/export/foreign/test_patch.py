@@ -510,3 +510,19 @@ def test_causal_attention_and_relative_bias_are_refused(
     onnx.save(model, tmp_path / "causal.onnx")
     with pytest.raises(RewriteError, match="causal attention"):
         patch(survey(read_file(tmp_path / "causal.onnx")), neurons, RedirectOptions())
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224"])
+def test_rotary_and_relative_positions_are_refused(name: str, tmp_path: Path) -> None:
+    import timm
+
+    from regraft.errors import RewriteError
+
+    size = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 0, "img_size": 56}
+    if name.startswith("beit"):
+        size["img_size"] = 32
+    module = models.livened(timm.create_model(name, **size))
+    dynamo(module, (size["img_size"], size["img_size"]), tmp_path / "in.onnx", 18)
+    neurons = Neurons((RegisterNeuron(0, 3),))
+    with pytest.raises(RewriteError, match="a constant with one entry per token"):
+        patch(survey(read_file(tmp_path / "in.onnx")), neurons, RedirectOptions())

@@ -4,6 +4,7 @@ No PyTorch is needed: the graph is all there is, so every place is found by stru
 
 - ``shapes.py``: every tensor's dimensions at sizes of the inputs that are tried.
 - ``constants.py``: weights, also behind a Transpose, Cast or Identity.
+- ``trial.py``: these sizes, where the file leaves them open.
 - ``reach.py``: which node computes what from what.
 - ``mlp.py``: the down-projections, with the residual addition each one ends in.
 - ``stacks.py``: stacks of blocks, and which one is meant.
@@ -12,6 +13,4 @@ No PyTorch is needed: the graph is all there is, so every place is found by stru
 - ``exits.py``: rewrite: the registers are cut off wherever tokens leave the stack.
 - ``belongs.py``: whether neurons belong to a file.
 - ``patching.py``: a patched file from all of them.
-- ``statement.py``, ``pieces.py``: the method in numpy, to check a patched file against.
-- ``twin.py``: a float32 twin of a bfloat16 graph, which ONNX Runtime cannot run on a CPU.
 """
