@@ -17,6 +17,7 @@ from regraft_export.demo import sample_images_folder
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SHIPPED = "python:regraft_export.demo:shipped_vit"
 CARD = "--engine tensorrt"  # needs a card; tests/runtime/engines has what can be tested without
+FOREIGN = "model.onnx"  # an export that is not patched: the bundle has one
 MODEL = "timm:vit_base_patch14_dinov2.lvd142m"
 
 
@@ -49,10 +50,11 @@ def test_every_command_of_readme_runs_and_its_code_too(
     monkeypatch.chdir(folder)
     run = [line for line in commands() if CARD not in line]
     names = [line.split()[1] for line in run]
-    assert names == ["find", "export", "report", "extract", "build", "extract"]
+    assert names == ["find", "export", "report", "extract", "patch", "patch", "build", "extract"]
     for line in run:
-        assert MODEL in line or " bundle " in line
-        code = main(shlex.split(line.replace(MODEL, SHIPPED))[1:])
+        assert MODEL in line or " bundle " in line or FOREIGN in line
+        words = line.replace(MODEL, SHIPPED).replace(FOREIGN, "bundle/baseline.onnx")
+        code = main(shlex.split(words)[1:])
         assert code == 0, f"{line}: {capsys.readouterr().err}"
     (code_block,) = blocks("python")
     names = {"cat.jpg": "photos/00.png", "dog.jpg": "photos/01.png"}

@@ -314,3 +314,13 @@ def test_the_span_of_a_block_ends_where_the_block_before_ends() -> None:
     names = [sorted(n.name for n in block_span(graph, anchors, i)) for i in (0, 1)]
     assert names == [["Exp_2", "Neg_1"], ["Exp_4", "Neg_3"]]
     assert len(ancestors(tensor(graph, "final"))) == 5
+
+
+def test_a_type_that_the_file_does_not_record_is_not_taken_for_float32() -> None:
+    graph = read(network("final = Identity (tokens)", initializers=""))
+    value = graph.outputs[0]
+    value.dtype = None
+    set_outputs(graph, {"out": (value, ["batch", 17, 12])})
+    assert [node.op for node in graph.nodes] == ["Identity", "Cast"]
+    norms = token_norms(graph, value, 0)
+    assert norms.inputs[0].inputs[0].inputs[0].op == "Cast"

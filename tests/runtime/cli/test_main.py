@@ -48,8 +48,8 @@ def test_help_lists_every_command(regraft: Regraft) -> None:
     code, out, err = regraft("--help")
     assert (code, err) == (0, "")
     listed = [line.split()[0] for line in out.partition("commands:\n")[2].splitlines()]
-    expected = ["demo", "find", "export", "verify", "build", "extract", "bench", "report"]
-    assert listed[:9] == [*expected, "inspect"]
+    expected = ["demo", "find", "export", "patch", "verify", "build", "extract", "bench", "report"]
+    assert listed[:10] == [*expected, "inspect"]
 
 
 def test_help_lists_export_commands_without_their_distribution(
@@ -68,7 +68,7 @@ def test_wrong_usage_exits_2(regraft: Regraft, pristine_bundle: Path) -> None:
     assert (code, out) == (2, "")
     assert err.startswith("usage: regraft")
     for words, message in [
-        (["fnd"], "there is no command 'fnd'; expected one of demo, find, export, verify,"),
+        (["fnd"], "there is no command 'fnd'; expected one of demo, find, export, patch, verify,"),
         (["--fast"], "unrecognized arguments: --fast"),
         (["--fast", "inspect", "x"], "unrecognized arguments: --fast"),
         (["inspect"], "the following arguments are required: BUNDLE"),

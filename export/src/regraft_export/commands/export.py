@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.cli.options import add_force, at_least, integers
 from regraft.errors import InputError
-from regraft.redirect import RedirectOptions
 from regraft_export.commands._model_arguments import add_model_arguments, load_model
+from regraft_export.commands._redirect_arguments import add_redirect_arguments, redirect_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,14 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", required=True, nargs="+", metavar="DIR", help="images to verify on"
     )
     parser.add_argument("--out", required=True, metavar="BUNDLE", help="the folder to write")
-    redirect = parser.add_argument_group("redirect (default: the paper's)")
-    redirect.add_argument("--value", choices=("per-neuron", "per-layer", "constant"))
-    redirect.add_argument("--cls", choices=("zero", "keep"))
-    redirect.add_argument("--patches", choices=("zero", "mean", "only-outliers", "keep"))
-    redirect.add_argument("--registers", type=at_least(1), default=1, metavar="R")
-    redirect.add_argument(
-        "--scale", type=float, nargs="+", metavar="S", help="factor on the value, per register"
-    )
+    add_redirect_arguments(parser)
     outputs = parser.add_argument_group("outputs")
     outputs.add_argument(
         "--layers",
@@ -165,14 +158,8 @@ def spread(paths: list[Path], most: int) -> list[Path]:
 def _options(args: argparse.Namespace) -> Any:
     from regraft_export.exporting import ExportOptions
 
-    given = {
-        name: getattr(args, name)
-        for name in ("value", "cls", "patches")
-        if getattr(args, name) is not None
-    }
-    scale = tuple(args.scale) if args.scale else (1.0,) * args.registers
     return ExportOptions(
-        redirect=RedirectOptions(registers=args.registers, scale=scale, **given),
+        redirect=redirect_options(args),
         precision=args.precision,
         layers=args.layers,
         attentions=args.attentions,

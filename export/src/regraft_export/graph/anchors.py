@@ -44,6 +44,10 @@ class DownProjection:
         bias_add: the Add that follows, or None.
         bias: (D,), or None.
         output: (B, T, D), after the bias.
+        transposed: whether the node reads its weight as (D, hidden), as a Gemm can.
+        axis: along which tokens lie: 1, or 0 in graphs that keep (T, B, D).
+        flat: whether images and tokens are rows of one axis: (B * T, hidden) and (B * T, D), as a
+            Gemm has them.
     """
 
     matmul: gs.Node
@@ -52,6 +56,9 @@ class DownProjection:
     bias_add: gs.Node | None
     bias: gs.Constant | None
     output: gs.Variable
+    transposed: bool = False
+    axis: int = 1
+    flat: bool = False
 
 
 def block_span(graph: gs.Graph, anchors: Anchors, layer: int) -> list[gs.Node]:

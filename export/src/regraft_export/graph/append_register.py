@@ -47,12 +47,12 @@ def append_register(
     graph.toposort()
     tokens = tensor(graph, anchors.tokens)
     inside = _nodes_of_the_network(graph, anchors)
-    axis = TokenAxis(tokens, shape, registers, table_dims(graph, tables or {}, registers))
+    axis = TokenAxis(tokens, shape, registers, dims=table_dims(graph, tables or {}, registers))
     for node in graph.nodes:
         if id(node) in inside:
             axis.visit(node)
     _refuse_leaks(graph, anchors, axis, inside)
-    mended = _mend(graph, axis)
+    mended = mend(graph, axis)
     bind_rotary_tables(graph, tables or {}, registers)
     editor = Editor(graph)
     pads = editor.constant("regraft.pads", np.array([0, 0, 0, 0, registers, 0], dtype=np.int64))
@@ -82,7 +82,8 @@ def _refuse_leaks(graph: gs.Graph, anchors: Anchors, axis: TokenAxis, inside: se
                 )
 
 
-def _mend(graph: gs.Graph, axis: TokenAxis) -> list[str]:
+def mend(graph: gs.Graph, axis: TokenAxis) -> list[str]:
+    """Gives every baked token count that was found its new value; returns them in words."""
     editor = Editor(graph)
     done: list[str] = []
     by_use: dict[tuple[int, int], tuple[gs.Node, int, dict[int, int]]] = {}

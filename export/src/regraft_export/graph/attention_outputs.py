@@ -28,12 +28,12 @@ def to_every_token(
 ) -> gs.Variable:
     """Attention to every token, registers included, (B, heads, T + R): for probes."""
     editor, stem = Editor(graph), f"regraft.attention.{layer}"
-    axis = editor.constant(f"{stem}.query_axis", np.array([2], dtype=np.int64))
     if layout.class_token:
+        axis = editor.constant(f"{stem}.query_axis", np.array([2], dtype=np.int64))
         row = _slice(editor, stem, probabilities, [0], [1], [2])
         return editor.node("Squeeze", f"{stem}.all", [row, axis])
     rows = _slice(editor, stem, probabilities, [layout.prefix], [layout.count], [2])
-    return editor.node("ReduceMean", f"{stem}.all", [rows, axis], {"keepdims": 0})
+    return editor.reduce("ReduceMean", f"{stem}.all", rows, [2], keepdims=False)
 
 
 def _slice(

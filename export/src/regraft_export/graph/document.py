@@ -13,10 +13,12 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from regraft.errors import RewriteError
 
+AXES_AS_INPUT = 18  # the opset from which on every reduction takes its axes as an input
+
 
 def read(model: onnx.ModelProto) -> gs.Graph:
     """A graph to rewrite; the proto is not changed. Nodes get names where they have none."""
-    with _quiet():
+    with quiet():
         graph = gs.import_onnx(model)
     _load_bfloat16(graph, model)
     for i, node in enumerate(graph.nodes):
@@ -34,7 +36,7 @@ def _load_bfloat16(graph: gs.Graph, model: onnx.ModelProto) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """graphsurgeon prints to stdout, where answers for machines go."""
     severity = G_LOGGER.severity
     G_LOGGER.severity = G_LOGGER.ERROR
@@ -88,6 +90,16 @@ class Editor:
     def constant(self, stem: str, values: NDArray[np.generic]) -> gs.Constant:
         """A new initializer."""
         return gs.Constant(self.names.new(stem), np.ascontiguousarray(values))
+
+    def reduce(
+        self, op: str, stem: str, value: gs.Tensor, axes: Sequence[int], *, keepdims: bool = True
+    ) -> gs.Variable:
+        """Appends a reduction, with its axes as the graph's opset wants them."""
+        attrs: dict[str, object] = {"keepdims": int(keepdims)}
+        if (self.graph.opset or 0) < AXES_AS_INPUT:
+            return self.node(op, stem, [value], {**attrs, "axes": list(axes)})
+        listed = self.constant(f"{stem}.axes", np.array(axes, dtype=np.int64))
+        return self.node(op, stem, [value, listed], attrs)
 
     def node(
         self,

@@ -14,7 +14,6 @@ def token_norms(graph: gs.Graph, hidden: gs.Variable, layer: int) -> gs.Variable
     The sum of squares is taken in float32: in fp16 a norm of 256 would overflow it.
     """
     editor, stem = Editor(graph), f"regraft.norm.{layer}"
-    if hidden.dtype not in (np.float32, None):
+    if hidden.dtype != np.float32:  # or unknown, in a file that does not record it
         hidden = editor.node("Cast", f"{stem}.cast", [hidden], {"to": 1}, dtype=np.float32)
-    axes = editor.constant(f"{stem}.axes", np.array([2], dtype=np.int64))
-    return editor.node("ReduceL2", stem, [hidden, axes], {"keepdims": 0})
+    return editor.reduce("ReduceL2", stem, hidden, [2], keepdims=False)

@@ -11,6 +11,10 @@ five nodes::
     h -> Gather -> ReduceMax -> MatMul W[N] -> Mul onehot -> Add -> y'
 
 With ``value = constant`` the sum of b and the register's row is a constant: no node at all.
+
+Foreign files differ in two ways. A Gemm has its tokens in rows: what is gathered is given its token
+axis, and y is, for the addition. And where the image size is open, so is T: then the one-hot is
+built at run time, once for the graph.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from regraft.redirect import RedirectOptions
 from regraft.tokens import TokenLayout
 from regraft_export.graph.anchors import DownProjection
 from regraft_export.graph.document import Editor
+from regraft_export.graph.open_count import OpenCount, along
 
 
 def redirect_neurons(
@@ -37,6 +42,7 @@ def redirect_neurons(
     neurons: Sequence[RegisterNeuron],
     options: RedirectOptions,
     layout: TokenLayout,
+    open_count: OpenCount | None = None,
 ) -> int:
     """Redirects the neurons of one layer.
 
@@ -46,16 +52,19 @@ def redirect_neurons(
         neurons: of this layer, at least one.
         options: of the redirect.
         layout: token counts, with ``test_time_registers`` as appended.
+        open_count: where T is open until run time; the same for all layers.
 
     Returns:
         How many nodes were added.
     """
-    site = _Site(Editor(graph), down, list(neurons), options, layout)
+    site = _Site(Editor(graph), down, list(neurons), options, layout, open_count)
     stem = f"regraft.redirect.{neurons[0].layer}"
     weight = down.weight.values.copy()
     weight[site.indices] = 0
+    weight = weight.T if down.transposed else weight
     down.matmul.inputs[1] = site.editor.constant(f"{stem}.weight", weight)
-    if options.value == "constant" and site.only_registers:
+    foldable = open_count is None and not down.flat
+    if options.value == "constant" and site.only_registers and foldable:
         _fold_into_bias(site, stem)
     else:
         _add(site, stem, _delta(site, stem))
@@ -69,6 +78,7 @@ class _Site:
     neurons: list[RegisterNeuron]
     options: RedirectOptions
     layout: TokenLayout
+    open_count: OpenCount | None
 
     @property
     def indices(self) -> list[int]:
@@ -99,20 +109,41 @@ class _Site:
         """Whether a neuron acts through negative values."""
         return any(n.sign < 0 for n in self.neurons)
 
-    def per_token(self, cls: float, patches: float, registers: Sequence[float]) -> gs.Constant:
-        """A column (1, T + R, 1) with one number per kind of token."""
-        column = np.zeros((1, self.layout.count + len(registers), 1), dtype=self.dtype)
-        if self.layout.class_token:
-            column[0, 0] = cls
-        column[0, self.layout.prefix : self.layout.count] = patches
-        column[0, self.layout.count :, 0] = registers
-        return self.editor.constant("regraft.per_token", column)
+    @property
+    def axis(self) -> int:
+        """Along which the tokens lie, once rows have a token axis again."""
+        return 1 if self.down.flat else self.down.axis
 
-    def on_registers(self) -> gs.Constant:
+    def per_token(self, cls: float, patches: float, registers: Sequence[float]) -> gs.Tensor:
+        """A column (1, T + R, 1) with one number per kind of token."""
+        prefix = np.zeros(self.layout.prefix, dtype=self.dtype)
+        if self.layout.class_token:
+            prefix[0] = cls
+        behind = np.array(registers, dtype=self.dtype)
+        if self.open_count is not None:
+            return self.open_count.column(self.editor, self.axis, prefix, patches, behind)
+        inner = np.full(self.layout.patches, patches, dtype=self.dtype)
+        return self.editor.constant(
+            "regraft.per_token", self.column(np.concatenate([prefix, inner, behind]))
+        )
+
+    def column(self, numbers: NDArray[np.generic]) -> NDArray[np.generic]:
+        """One number per token, laid along the tokens: (1, T, 1), or (T, 1, 1)."""
+        return along(numbers, self.axis)
+
+    def on_registers(self) -> gs.Tensor:
         return self.per_token(0, 0, self.options.scale)
 
-    def axes(self, *axes: int) -> gs.Constant:
-        return self.editor.constant("regraft.axes", np.array(axes, dtype=np.int64))
+    def with_token_axis(self, stem: str, rows: gs.Variable, last: int) -> gs.Variable:
+        """(B, T + R, last) of (B * (T + R), last); what has a token axis stays as it is."""
+        if not self.down.flat:
+            return rows
+        if self.open_count is not None:
+            target = self.open_count.shape(self.editor, stem, last)
+        else:
+            numbers = [-1, self.layout.count + self.options.registers, last]
+            target = self.editor.constant(f"{stem}.shape", np.array(numbers, dtype=np.int64))
+        return self.editor.node("Reshape", f"{stem}.tokens", [rows, target])
 
 
 def _constant_values(site: _Site) -> NDArray[np.generic]:
@@ -127,16 +158,26 @@ def _constant_values(site: _Site) -> NDArray[np.generic]:
     return np.array([n.value for n in site.neurons], dtype=site.dtype)
 
 
+def _written(site: _Site) -> NDArray[np.float64]:
+    """What recorded values write: value @ W[N], (D,)."""
+    written: NDArray[np.float64] = _constant_values(site).astype(np.float64) @ site.rows.astype(
+        np.float64
+    )
+    return written
+
+
 def _fold_into_bias(site: _Site, stem: str) -> None:
     """b (D,) becomes (T + R, D): the register's row carries value @ W[N]."""
     down, layout = site.down, site.layout
-    written = _constant_values(site).astype(np.float64) @ site.rows.astype(np.float64)
+    written = _written(site)
     width = down.weight.shape[1]
     bias = np.zeros((layout.count + site.options.registers, width), dtype=np.float64)
     bias[layout.count :] = np.outer(site.options.scale, written)
     if down.bias is not None:
         bias += down.bias.values.astype(np.float64)
-    constant = site.editor.constant(f"{stem}.bias", bias.astype(site.dtype))
+    values = bias.astype(site.dtype)
+    values = values if down.axis == 1 else values[:, None]
+    constant = site.editor.constant(f"{stem}.bias", values)
     if down.bias_add is not None:
         inputs = down.bias_add.inputs
         down.bias_add.inputs = [constant if t is down.bias else t for t in inputs]
@@ -149,20 +190,31 @@ def _add(site: _Site, stem: str, delta: gs.Tensor) -> None:
     y = site.down.output
     alone = gs.Variable(site.editor.names.new(f"{stem}.alone"), dtype=y.dtype)
     y.inputs[0].outputs = [alone]
-    site.editor.node("Add", f"{stem}.add", [alone, delta])
+    if site.down.flat:
+        whole = site.with_token_axis(f"{stem}.whole", alone, site.down.weight.shape[1])
+        total = site.editor.node("Add", f"{stem}.add", [whole, delta])
+        rows = np.array([-1, site.down.weight.shape[1]], dtype=np.int64)
+        site.editor.node("Reshape", f"{stem}.rows", [total, site.editor.constant(stem, rows)])
+    else:
+        site.editor.node("Add", f"{stem}.add", [alone, delta])
     site.editor.added[-1].outputs = [y]
 
 
 def _delta(site: _Site, stem: str) -> gs.Variable:
     """h'_N @ W[N], (B, T + R, D) or broadcastable to it."""
     ed, options = site.editor, site.options
+    if options.value == "constant" and site.only_registers:
+        row = ed.constant(f"{stem}.row", _written(site).astype(site.dtype)[None, None, :])
+        return ed.node("Mul", f"{stem}.place", [row, site.on_registers()])
     indices = np.array(site.indices, dtype=np.int64)
     columns = ed.node(
         "Gather",
         f"{stem}.columns",
         [site.down.activation, ed.constant(f"{stem}.indices", indices)],
-        {"axis": 2},
+        {"axis": 1 if site.down.flat else 2},
+        dtype=site.dtype,
     )
+    columns = site.with_token_axis(f"{stem}.columns", columns, len(indices))
     value, rows = _value(site, stem, columns)
     if site.only_registers:
         op = "MatMul" if options.value != "per-layer" else "Mul"
@@ -192,8 +244,7 @@ def _value(site: _Site, stem: str, columns: gs.Variable) -> tuple[gs.Tensor, NDA
             "Mul", f"{stem}.sign", [columns, ed.constant(f"{stem}.signs", site.signs)]
         )
         rows = np.multiply(rows, site.signs[:, None])
-    top = ed.node("ReduceMax", f"{stem}.max", [columns, site.axes(1)], {"keepdims": 1})
-    return top, rows
+    return ed.reduce("ReduceMax", f"{stem}.max", columns, [site.axis]), rows
 
 
 def _signed(site: _Site, stem: str, value: gs.Tensor) -> gs.Tensor:
@@ -208,8 +259,8 @@ def _signed(site: _Site, stem: str, value: gs.Tensor) -> gs.Tensor:
 def _strongest(site: _Site, stem: str, columns: gs.Variable) -> gs.Variable:
     """The element of largest magnitude over neurons and tokens, with its sign: (B, 1, 1)."""
     ed = site.editor
-    high = ed.node("ReduceMax", f"{stem}.max", [columns, site.axes(1, 2)], {"keepdims": 1})
-    low = ed.node("ReduceMin", f"{stem}.min", [columns, site.axes(1, 2)], {"keepdims": 1})
+    high = ed.reduce("ReduceMax", f"{stem}.max", columns, [site.axis, 2])
+    low = ed.reduce("ReduceMin", f"{stem}.min", columns, [site.axis, 2])
     flipped = ed.node("Neg", f"{stem}.flip", [low])
     above = ed.node("GreaterOrEqual", f"{stem}.above", [high, flipped], dtype=np.bool_)
     return ed.node("Where", f"{stem}.strongest", [above, high, low], dtype=site.dtype)
@@ -225,10 +276,11 @@ def _kept(site: _Site, stem: str, columns: gs.Variable) -> gs.Variable:
     kept = ed.node("Mul", f"{stem}.kept", [columns, mask])
     if options.patches in ("zero", "keep"):
         return kept
-    bounds = [np.array([n], dtype=np.int64) for n in (layout.prefix, layout.count, 1)]
+    last = layout.count if site.open_count is None else -options.registers
+    bounds = [np.array([n], dtype=np.int64) for n in (layout.prefix, last, site.axis)]
     start, end, axis = (ed.constant(f"{stem}.bound", b) for b in bounds)
     inner = ed.node("Slice", f"{stem}.patches", [columns, start, end, axis])
-    mean = ed.node("ReduceMean", f"{stem}.mean", [inner, site.axes(1)], {"keepdims": 1})
+    mean = ed.reduce("ReduceMean", f"{stem}.mean", inner, [site.axis])
     if options.patches == "mean":
         spread = ed.node("Mul", f"{stem}.spread", [mean, site.per_token(0, 1, registers)])
     else:
@@ -245,7 +297,7 @@ def _outliers_replaced(
     # Squares are taken in float32: in fp16 a deviation of 256 would overflow.
     wide = ed.node("Cast", f"{stem}.wide", [off], {"to": 1}, dtype=np.float32)
     square = ed.node("Mul", f"{stem}.square", [wide, wide])
-    variance = ed.node("ReduceMean", f"{stem}.variance", [square, site.axes(1)], {"keepdims": 1})
+    variance = ed.reduce("ReduceMean", f"{stem}.variance", square, [site.axis])
     root = ed.node("Sqrt", f"{stem}.root", [variance])
     kind = onnx.helper.np_dtype_to_tensor_dtype(site.dtype)
     deviation = ed.node("Cast", f"{stem}.deviation", [root], {"to": kind}, dtype=site.dtype)
@@ -253,5 +305,6 @@ def _outliers_replaced(
     signed = ed.node("Mul", f"{stem}.signed_off", [off, signs])
     above = ed.node("Greater", f"{stem}.above_mean", [signed, deviation], dtype=np.bool_)
     replaced = ed.node("Where", f"{stem}.replaced", [above, mean, inner], dtype=site.dtype)
-    pads = np.array([0, layout.prefix, 0, 0, site.options.registers, 0], dtype=np.int64)
-    return ed.node("Pad", f"{stem}.back", [replaced, ed.constant(f"{stem}.pads", pads)])
+    pads = np.zeros((2, 3), dtype=np.int64)  # in front and behind, by axis
+    pads[:, site.axis] = layout.prefix, site.options.registers
+    return ed.node("Pad", f"{stem}.back", [replaced, ed.constant(f"{stem}.pads", pads.ravel())])

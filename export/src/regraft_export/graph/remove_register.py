@@ -65,7 +65,8 @@ def set_outputs(
     editor = Editor(graph)
     results: list[gs.Variable] = []
     for name, (value, shape) in outputs.items():
-        needs_cast = value.dtype not in (np.float32, None)
+        # A file may not record a tensor's type; a Cast to what it is already costs nothing.
+        needs_cast = value.dtype != np.float32
         if needs_cast or any(value is t for t in results) or not value.inputs:
             attrs = {"to": 1} if needs_cast else {}
             value = editor.node(

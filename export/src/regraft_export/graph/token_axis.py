@@ -8,6 +8,7 @@ features without any message.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import onnx_graphsurgeon as gs
@@ -16,7 +17,7 @@ from regraft.errors import RewriteError
 from regraft_export.graph import shape_values
 from regraft_export.graph.dims import Dims
 from regraft_export.graph.shape_values import Baked, Elements, elements_of, plain
-from regraft_export.graph.token_rules import RULES
+from regraft_export.graph.token_rules import CONTRIBUTED_RULES, RULES, STANDARD_DOMAINS
 
 TRIAL_BATCH = 5  # any size works; a prime is seldom another dimension by chance
 
@@ -26,6 +27,11 @@ class TokenAxis:
     """The analysis of one graph.
 
     Attributes:
+        tokens: where the registers are appended.
+        shape: (T, D) of the tokens.
+        registers: R.
+        start: dimensions of ``tokens``; None for (B, T, D).
+        known: dimensions of tensors before the registers, by id, where the file declares none.
         dims: dimensions of every tensor that was visited, by id; given at first for tensors that
             enter the network beside the tokens and grow with them.
         settled: baked element -> what the nodes that depend on it need it to be.
@@ -34,13 +40,16 @@ class TokenAxis:
     tokens: gs.Variable
     shape: tuple[int, int]
     registers: int
+    start: Dims | None = None
+    known: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     dims: dict[int, Dims] = field(default_factory=dict)
     elements: dict[int, Elements] = field(default_factory=dict)
     settled: dict[Baked, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         T, D = self.shape
-        self.dims[id(self.tokens)] = Dims((TRIAL_BATCH, T, D), (TRIAL_BATCH, T + self.registers, D))
+        in_rows = Dims((TRIAL_BATCH, T, D), (TRIAL_BATCH, T + self.registers, D))
+        self.dims[id(self.tokens)] = self.start or in_rows
 
     def visit(self, node: gs.Node) -> None:
         """Works out a node's outputs; nodes must come in topological order.
@@ -60,7 +69,7 @@ class TokenAxis:
         if values is None:
             return
         self.elements[id(node.outputs[0])] = values
-        if node.op in shape_values.ARITHMETIC:
+        if node.op in shape_values.COMPUTED:
             # The result keeps no trace of the constants it was computed from, so they must stay.
             for given in inputs:
                 self._settle_all(node, given)
@@ -81,6 +90,8 @@ class TokenAxis:
         """Dimensions of any tensor: visited, constant, or declared in the file."""
         if id(value) in self.dims:
             return self.dims[id(value)]
+        if id(value) in self.known:
+            return Dims(self.known[id(value)], self.known[id(value)])
         if value.shape is None:
             return None
         declared = tuple(d if isinstance(d, int) else TRIAL_BATCH for d in value.shape)
@@ -108,6 +119,11 @@ class TokenAxis:
         self._settle_all(node, elements)
         return plain(elements)
 
+    def differs(self, value: gs.Tensor) -> bool:
+        """Whether a small tensor's numbers, known to the walk, change with the token count."""
+        elements = self.elements.get(id(value))
+        return elements is not None and any(e.before != e.after for e in elements_of(elements))
+
     def undecided(self, node: gs.Node, what: str) -> RewriteError:
         """The error for a node that cannot be followed."""
         return RewriteError(
@@ -117,7 +133,8 @@ class TokenAxis:
         )
 
     def _outputs(self, node: gs.Node) -> list[Dims]:
-        rule = RULES.get(node.op)
+        rules = RULES if node.domain in STANDARD_DOMAINS else CONTRIBUTED_RULES
+        rule = rules.get(node.op)
         if rule is None:
             raise self.undecided(node, "what this operator does to them")
         return rule(self, node)

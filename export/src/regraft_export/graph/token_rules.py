@@ -60,6 +60,24 @@ _SAME_SHAPE = frozenset(
         "Mish",
         "Elu",
         "LeakyRelu",
+        "Swish",
+        "HardSigmoid",
+        "Softplus",
+        "Softsign",
+        "Selu",
+        "Celu",
+        "PRelu",
+        "Sin",
+        "Cos",
+        "Floor",
+        "Ceil",
+        "Round",
+        "Sign",
+        "Mod",
+        "Sum",
+        "Xor",
+        "IsInf",
+        "SimplifiedLayerNormalization",
     ]
 )
 
@@ -70,6 +88,8 @@ def _slots(node: gs.Node) -> range:
 
 def _broadcast(axis: TokenAxis, node: gs.Node) -> list[Dims]:
     shapes = [axis.need(node, i) for i in _slots(node) if node.inputs[i].name != ""]
+    if any(axis.differs(value) for value in node.inputs):
+        raise axis.undecided(node, "a number computed from the token count")
     try:
         before = np.broadcast_shapes(*(d.before for d in shapes))
         after = np.broadcast_shapes(*(d.after for d in shapes))
@@ -90,15 +110,6 @@ def _matmul(axis: TokenAxis, node: gs.Node) -> list[Dims]:
             raise axis.undecided(node, f"a product of {left} and {right}")
         results.append((*np.broadcast_shapes(left[:-2], right[:-2]), left[-2], right[-1]))
     return [Dims(*results)]
-
-
-def _gemm(axis: TokenAxis, node: gs.Node) -> list[Dims]:
-    """A product of matrices: tokens merged with the batch, times a weight."""
-    a, b = axis.need(node, 0), axis.need(node, 1)
-    if node.attrs.get("transA", 0) or any(b.carries(k) for k in range(len(b.before))):
-        raise axis.undecided(node, f"a product of {a.before} and {b.before}")
-    width = b.before[0 if node.attrs.get("transB", 0) else 1]
-    return [Dims((a.before[0], width), (a.after[0], width))]
 
 
 def _transpose(axis: TokenAxis, node: gs.Node) -> list[Dims]:
@@ -291,9 +302,79 @@ def _reduce(axis: TokenAxis, node: gs.Node) -> list[Dims]:
     return [from_pairs([pair for k, pair in enumerate(pairs) if keep or k not in axes])]
 
 
-RULES: dict[str, Callable[[TokenAxis, gs.Node], list[Dims]]] = {
+Rule = Callable[["TokenAxis", gs.Node], list[Dims]]
+
+
+def _gemm(axis: TokenAxis, node: gs.Node) -> list[Dims]:
+    a, b = axis.need(node, 0).pairs(), axis.need(node, 1).pairs()
+    rows, inner = a[::-1] if node.attrs.get("transA", 0) else a
+    across, columns = b[::-1] if node.attrs.get("transB", 0) else b
+    if inner != across or inner[0] != inner[1]:  # a sum over tokens would count the register
+        raise axis.undecided(node, f"a product over {inner} and {across}")
+    if len(node.inputs) > 2 and node.inputs[2].name != "":
+        bias = axis.need(node, 2).pairs()
+        if len(bias) > 1 and rows[0] != rows[1] and bias[0] != (1, 1):
+            raise axis.undecided(node, "a bias with one entry per token")
+    return [from_pairs([rows, columns])]
+
+
+def _attention(axis: TokenAxis, node: gs.Node) -> list[Dims]:
+    """Attention of opset 23 and later: (B, heads, T, d), or (B, T, heads * d)."""
+    q, k, v = (axis.need(node, i).pairs() for i in range(3))
+    rest = [i for i in range(3, len(node.inputs)) if node.inputs[i].name != ""]
+    if node.attrs.get("is_causal", 0):
+        raise axis.undecided(node, "a causal attention, in which no token sees the register,")
+    if any(i != 3 for i in rest):
+        raise axis.undecided(node, "an attention with a past or with lengths")
+    rows = 2 if len(q) == 4 else 1
+    if k[rows] != v[rows] or q[rows][0] != k[rows][0]:
+        raise axis.undecided(node, f"an attention of {q[rows]} queries to {k[rows]} keys")
+    heads = q[1] if len(q) == 4 else (int(node.attrs["q_num_heads"]),) * 2
+    scores = [q[0], heads, q[rows], k[rows]]
+    if rest:
+        mask = axis.need(node, 3).pairs()
+        if any(m not in ((1, 1), s) for m, s in zip(mask[::-1], scores[::-1], strict=False)):
+            raise axis.undecided(node, "an attention mask with one entry per token")
+    if len(q) == 4:
+        out = [q[0], q[1], q[2], v[3]]
+    else:
+        size = v[2][0] // int(node.attrs["kv_num_heads"]) * heads[0]
+        out = [q[0], q[1], (size, size)]
+    grown = [k[0], k[1], k[2], k[3]] if len(k) == 4 else k
+    return [from_pairs(out), from_pairs(grown), from_pairs(v), from_pairs(scores)]
+
+
+def _like_first(axis: TokenAxis, node: gs.Node) -> list[Dims]:
+    return [axis.need(node, 0)] * len(node.outputs)
+
+
+def _flatten(axis: TokenAxis, node: gs.Node) -> list[Dims]:
+    pairs = axis.need(node, 0).pairs()
+    at = int(node.attrs.get("axis", 1)) % (len(pairs) + 1)
+    halves = (pairs[:at], pairs[at:])
+    return [from_pairs([(prod(b for b, _ in h), prod(a for _, a in h)) for h in halves])]
+
+
+def _split_to_sequence(axis: TokenAxis, node: gs.Node) -> list[Dims]:
+    """A sequence of equal parts, known by the dimensions of one."""
+    dims = axis.need(node, 0)
+    k = int(node.attrs.get("axis", 0)) % len(dims.before)
+    sizes = axis.numbers(node, 1, "split sizes") if len(node.inputs) > 1 else [1]
+    if dims.carries(k) or len(set(sizes)) != 1 or dims.before[k] % sizes[0]:
+        raise axis.undecided(node, f"a split into {sizes} along axis {k}")
+    pairs = dims.pairs()
+    return [from_pairs([*pairs[:k], (sizes[0], sizes[0]), *pairs[k + 1 :]])]
+
+
+RULES: dict[str, Rule] = {
     "MatMul": _matmul,
     "Gemm": _gemm,
+    "Attention": _attention,
+    "Dropout": _like_first,
+    "CastLike": _like_first,
+    "Flatten": _flatten,
+    "SplitToSequence": _split_to_sequence,
+    "SequenceAt": _like_first,
     "Transpose": _transpose,
     "Reshape": _reshape,
     "Expand": _expand,
@@ -306,3 +387,10 @@ RULES: dict[str, Callable[[TokenAxis, gs.Node], list[Dims]]] = {
     **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2"), _reduce),
     **dict.fromkeys(_SAME_SHAPE, _broadcast),
 }
+
+STANDARD_DOMAINS = (None, "", "ai.onnx")
+
+# Operators of other domains that leave the tokens as they are.
+CONTRIBUTED_RULES: dict[str, Rule] = dict.fromkeys(
+    ("Gelu", "QuickGelu", "FastGelu", "BiasGelu"), _like_first
+)

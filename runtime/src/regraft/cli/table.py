@@ -45,6 +45,7 @@ EXPORTING = {
     "demo": "the whole path on a small model that ships along",
     "find": "finds a model's register neurons",
     "export": "traces, rewrites, verifies and writes a bundle",
+    "patch": "rewrites an ONNX file that somebody else exported",
 }
 
 

@@ -1,0 +1,145 @@
+"""Redirects register neurons in an ONNX file that somebody else exported; PyTorch is not needed.
+
+Blocks, token entry and outputs are found by the graph's structure. The result has the file's inputs
+and outputs, name for name and shape for shape, its metadata and its weights but those touched; it
+keeps external data if the file has it, as OUT.onnx.data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regraft.cli.options import integers
+from regraft.errors import InputError
+from regraft_export.commands._redirect_arguments import add_redirect_arguments, redirect_options
+
+if TYPE_CHECKING:
+    from regraft_export.foreign.patching import Patched
+    from regraft_export.foreign.survey import Survey
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("model", metavar="IN.onnx", type=Path, help="as an exporter wrote it")
+    parser.add_argument("--neurons", required=True, metavar="FILE", help="neurons.json")
+    parser.add_argument("--out", type=Path, metavar="OUT.onnx", help="the file to write")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be touched and write nothing"
+    )
+    parser.add_argument(
+        "--prefix",
+        metavar="NAME",
+        help="which stack of blocks, where the file has several: how the names of its nodes or "
+        "weights begin, or the name of its input",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=integers(1),
+        metavar="N",
+        help="one number, or height,width, where the file leaves it open and nothing in it says",
+    )
+    add_redirect_arguments(parser)
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace OUT.onnx if it exists; patch although the neurons belong elsewhere",
+    )
+    parser.add_argument("--json", action="store_true", help="print the sites for machines")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Patches, and prints what was touched."""
+    from regraft.files import check_output
+    from regraft.neurons import Neurons
+    from regraft_export.foreign.belongs import check_belongs
+    from regraft_export.foreign.patching import patch
+    from regraft_export.foreign.survey import survey
+    from regraft_export.onnx_file.read import read_file
+    from regraft_export.onnx_file.write import data_path, write_file
+
+    if args.out is None and not args.dry_run:
+        raise InputError("--out is missing; expected the file to write, or --dry-run")
+    if args.out is not None and not args.dry_run:
+        check_output(args.out, args.force)
+    options = redirect_options(args)
+    neurons = Neurons.load(args.neurons)
+    file = read_file(args.model)
+    if file.external and args.out is not None and not args.dry_run:
+        check_output(data_path(args.out), args.force)
+    found = survey(file, prefix=args.prefix, image_size=_size(args.image_size))
+    for warning in check_belongs(neurons, found, args.force):
+        print(f"regraft: warning: {warning}", file=sys.stderr)
+    facts = _facts(found)
+    patched = patch(found, neurons, options)
+    written: list[Path] = []
+    if not args.dry_run:
+        written = write_file(
+            patched.proto, patched.stored, args.out, external=file.external, force=args.force
+        )
+    facts |= _sites(patched) | {"written": [str(path) for path in written]}
+    print(json.dumps(facts, indent=1) if args.json else "\n".join(_lines(args.model, facts)))
+    return 0
+
+
+def _size(given: tuple[int, ...] | None) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    if len(given) > 2:
+        raise InputError(
+            f"--image-size has {len(given)} numbers; expected one, or two: height,width"
+        )
+    return given[0], given[-1]
+
+
+def _facts(found: Survey) -> dict[str, Any]:
+    entry, image = found.entry, found.image
+    return {
+        "blocks": found.stack.depth,
+        "width": found.stack.mlps[0].width,
+        "hidden": found.stack.mlps[0].hidden,
+        "precision": found.precision,
+        "opset": found.file.opset,
+        "input": image.name,
+        "image_size": list(image.size),
+        "open_size": image.open_size,
+        "tokens": entry.count,
+        "prefix": entry.prefix,
+        "grid": None if entry.grid is None else list(entry.grid),
+        "attentions": [n.name for n in found.attentions],
+    }
+
+
+def _sites(patched: Patched) -> dict[str, Any]:
+    return {
+        "token": patched.token,
+        "redirects": {str(layer): name for layer, name in patched.redirects.items()},
+        "outputs": list(patched.exits),
+        "mended": list(patched.sites.mended),
+        "nodes_added": {str(layer): n for layer, n in patched.nodes_added.items()},
+    }
+
+
+def _lines(model: Path, facts: dict[str, Any]) -> Iterator[str]:
+    size = "any image size" if facts["open_size"] else "x".join(map(str, facts["image_size"]))
+    grid = facts["grid"]
+    tokens = f"{facts['tokens']} tokens"
+    if grid is not None:
+        tokens += f" ({facts['prefix']} prefix, {grid[0]} x {grid[1]} patches)"
+    yield (
+        f"{model}: {facts['blocks']} blocks of width {facts['width']} ({facts['hidden']} neurons), "
+        f"{len(facts['attentions'])} attentions, {tokens}, input {facts['input']!r} at {size}, "
+        f"{facts['precision']}, opset {facts['opset']}"
+    )
+    yield f"token site: {facts['token']}"
+    for layer, name in facts["redirects"].items():
+        yield f"redirect site: layer {layer}, {name} ({facts['nodes_added'][layer]} nodes)"
+    for name in facts["outputs"]:
+        yield f"output site: {name}"
+    for line in facts["mended"]:
+        yield f"mended: {line}"
+    yield f"written: {', '.join(facts['written'])}" if facts["written"] else "nothing was written"

@@ -1,0 +1,16 @@
+"""ONNX files that somebody else exported: where a Vision Transformer is in them, and patching it.
+
+No PyTorch is needed: the graph is all there is, so every place is found by structure.
+
+- ``shapes.py``: every tensor's dimensions at sizes of the inputs that are tried.
+- ``constants.py``: weights, also behind a Transpose, Cast or Identity.
+- ``trial.py``: these sizes, where the file leaves them open.
+- ``reach.py``: which node computes what from what.
+- ``mlp.py``: the down-projections, with the residual addition each one ends in.
+- ``stacks.py``: stacks of blocks, and which one is meant.
+- ``entry.py``: where the tokens enter, and which of them are patches.
+- ``survey.py``: all of that of one file; refuses what is none.
+- ``exits.py``: rewrite: the registers are cut off wherever tokens leave the stack.
+- ``belongs.py``: whether neurons belong to a file.
+- ``patching.py``: a patched file from all of them.
+"""
