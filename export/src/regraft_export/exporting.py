@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 
 from regraft import __version__
 from regraft.bundle import NEURONS, VERIFY, Bundle, record
+from regraft.constants import FILE as CONSTANTS
+from regraft.constants import VARIANTS
 from regraft.errors import InputError
 from regraft.files import scratch_folder, whole_folder
 from regraft.manifest import NAME, FileRecord, Manifest
 from regraft.neurons import Neurons
 from regraft.redirect import RedirectOptions
 from regraft.verification import Verification, verify
+from regraft_export.calibration import Calibration, calibrate
 from regraft_export.graph.patch import Built, Patch, Wanted, build
 from regraft_export.outlier_level import OutlierLevel
 from regraft_export.reference import PyTorchReference
@@ -46,6 +49,8 @@ class ExportOptions:
         layers: blocks whose raw outputs become ``hidden.L``.
         attentions: blocks whose CLS attention becomes ``attentions.L``.
         baseline: whether baseline and probes are written too.
+        variant: ``token``, a register runs through the network, or ``kv``, constants in attention
+            stand in for it.
     """
 
     redirect: RedirectOptions = field(default_factory=RedirectOptions)
@@ -53,6 +58,19 @@ class ExportOptions:
     layers: tuple[int, ...] = ()
     attentions: tuple[int, ...] = ()
     baseline: bool = True
+    variant: str = "token"
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise InputError(f"variant is {self.variant!r}; expected one of {', '.join(VARIANTS)}")
+        kept = [
+            f"--{n} {v}" for n in ("cls", "patches") if (v := getattr(self.redirect, n)) != "zero"
+        ]
+        if self.variant == "kv" and kept:
+            raise InputError(
+                f"--variant kv silences the neurons in the weights, on every token; {kept[0]} "
+                "needs --variant token"
+            )
 
     def check_against(self, vit: VisionTransformer) -> None:
         """Raises InputError if a chosen block is not in the model."""
@@ -87,6 +105,7 @@ def export_bundle(
     out: Path,
     options: ExportOptions,
     *,
+    calibration: Callable[[], Iterable[NDArray[np.float32]]] | None = None,
     force: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> Exported:
@@ -100,6 +119,8 @@ def export_bundle(
         level: from which norm on, and where, a patch counts as an outlier.
         out: the folder to write.
         options: what it holds.
+        calibration: yields preprocessed images, others than ``batches``, that the constants of the
+            variant kv are measured on; the variant token needs none.
         force: whether an existing bundle may be replaced.
         on_batch: called with each verified batch's size, for progress.
 
@@ -108,7 +129,13 @@ def export_bundle(
         GateError: the bundle is not equal to the PyTorch reference.
     """
     options.check_against(vit)
-    reference = PyTorchReference(vit, neurons, options.redirect)
+    measured = None
+    if options.variant == "kv":
+        images = () if calibration is None else calibration()
+        advance = on_batch or (lambda images: None)
+        measured = calibrate(vit, neurons, options.redirect, images, on_batch=advance)
+    constants = None if measured is None else measured.constants
+    reference = PyTorchReference(vit, neurons, options.redirect, constants)
 
     def check(bundle: Bundle) -> Verification:
         found = verify(bundle, batches(), reference, compare_probes=True, on_batch=on_batch)
@@ -116,12 +143,12 @@ def export_bundle(
         return found
 
     with whole_folder(out, marker=NAME, force=force) as folder:
-        manifest, added = _write(loaded, vit, neurons, level, folder, options)
+        manifest, added = _write(loaded, vit, neurons, level, folder, options, measured)
         if options.precision == "bf16":
             # No CPU kernel runs bf16: the same rewrite is verified in float32.
             with scratch_folder(folder) as twin:
                 exact = replace(options, precision="fp32")
-                fp32, _ = _write(loaded, vit, neurons, level, twin, exact)
+                fp32, _ = _write(loaded, vit, neurons, level, twin, exact, measured)
                 verification = check(Bundle(twin, fp32))
             manifest = replace(manifest, verified=False)
         else:
@@ -140,11 +167,13 @@ def _write(
     level: OutlierLevel,
     folder: Path,
     options: ExportOptions,
+    calibration: Calibration | None,
 ) -> tuple[Manifest, Mapping[int, int]]:
-    """Writes graphs, weights and neurons; the manifest returned lists them but is not written."""
+    """Writes all files but the manifest, which is returned and lists them."""
     size = loaded.preprocessing.image_size
     traced = trace(vit, size, options.precision)
-    patch = Patch(neurons, options.redirect)
+    constants = None if calibration is None else calibration.constants
+    patch = Patch(neurons, options.redirect, constants)
     outputs = Wanted(layers=options.layers, attentions=options.attentions)
     probe = Wanted(probe=True)
     plan: dict[str, tuple[Patch | None, Wanted]] = {"model": (patch, outputs)}
@@ -161,6 +190,9 @@ def _write(
     assert model.sites is not None  # and is patched
     (folder / NEURONS).write_text(_json(neurons.to_json()), encoding="utf-8")
     names = [FILES[name] for name in plan] + [WEIGHTS, NEURONS]
+    if constants is not None:
+        constants.save(folder)
+        names.append(CONSTANTS)
     files: dict[str, FileRecord] = {name: record(folder / name) for name in names}
     manifest = Manifest(
         model={
@@ -169,7 +201,9 @@ def _write(
             "weights_sha256": loaded.weights_sha256,
         },
         preprocessing=loaded.preprocessing,
-        tokens=replace(vit.layout, test_time_registers=options.redirect.registers),
+        tokens=replace(vit.layout, test_time_registers=options.redirect.registers)
+        if constants is None
+        else vit.layout,
         redirect=options.redirect,
         layers=neurons.layers,
         detection_layer=level.layer,
@@ -181,6 +215,7 @@ def _write(
         graphs={name: FILES[name] for name in plan},
         files=files,
         versions=versions(),
+        constants=None if calibration is None else calibration.about,
     )
     return manifest, model.nodes_added
 

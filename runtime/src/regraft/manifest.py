@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from regraft.constants import VARIANTS, Constants
 from regraft.errors import BundleError, InputError
 from regraft.preprocessing import Preprocessing
 from regraft.redirect import RedirectOptions
 from regraft.tokens import TokenLayout, integer
 
-SCHEMA = 1
+SCHEMA = 2  # 1 has no variants: all bundles are `token`
 NAME = "manifest.json"
 GRAPHS = ("model", "baseline", "probe", "probe_baseline")
 INPUT = "pixel_values"
@@ -44,16 +45,18 @@ class Sites:
     """What the rewrite touched, counted: the proof that it happened.
 
     Attributes:
-        token: where the register is appended (1).
+        token: where the register is appended (1; 0 in the variant kv).
         redirect: touched down-projections, one per touched layer.
-        output: places where the register is removed.
+        output: places where the register is removed (none in the variant kv).
         mended: baked token counts that became T + R, as ``node: before -> after``.
+        attention: attentions that see constants (none in the variant token).
     """
 
     token: int
     redirect: int
     output: int
     mended: tuple[str, ...] = ()
+    attention: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Manifest:
         files: file name -> record, every file but the manifest.
         versions: package -> version that wrote the bundle.
         verified: whether export verified this very precision (bf16 cannot be, on a CPU).
+        constants: of the variant kv; None in the variant token.
     """
 
     model: Mapping[str, str]
@@ -94,6 +98,12 @@ class Manifest:
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     verified: bool = True
+    constants: Constants | None = None
+
+    @property
+    def variant(self) -> str:
+        """``token``: a register runs through the network; ``kv``: constants stand in for it."""
+        return "token" if self.constants is None else "kv"
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -118,6 +128,8 @@ class Manifest:
             "files": {name: asdict(record) for name, record in sorted(self.files.items())},
             "versions": dict(self.versions),
             "verified": self.verified,
+            "variant": self.variant,
+            "constants": None if self.constants is None else self.constants.to_json(),
         }
         return {**content, "sha256": digest(content)}
 
@@ -169,6 +181,7 @@ class Manifest:
                 redirect=integer("sites.redirect", sites["redirect"]),
                 output=integer("sites.output", sites["output"]),
                 mended=tuple(str(line) for line in sites["mended"]),
+                attention=integer("sites.attention", sites.get("attention", 0)),
             ),
             graphs={str(k): str(v) for k, v in data["graphs"].items()},
             files={
@@ -179,13 +192,15 @@ class Manifest:
             },
             versions={str(k): str(v) for k, v in data["versions"].items()},
             verified=_truth("verified", data["verified"]),
+            constants=_constants(data),
         )
 
     def _check(self) -> None:
         """Raises ValueError, naming the field, unless the fields fit each other."""
         tokens = self.tokens
+        registers = self.redirect.registers if self.constants is None else 0
         for name, got, expected in (
-            ("tokens.test_time_registers", tokens.test_time_registers, self.redirect.registers),
+            ("tokens.test_time_registers", tokens.test_time_registers, registers),
             (
                 'outputs["last_hidden_state"]',
                 self.outputs.get("last_hidden_state"),
@@ -206,6 +221,11 @@ class Manifest:
         if not ascending or any(i >= tokens.depth for i in self.layers):
             raise ValueError(
                 f"redirect.layers is {_json(self.layers)}; expected some {blocks}, ascending"
+            )
+        if self.constants is not None and self.constants.first_layer > tokens.depth:
+            raise ValueError(
+                f"constants.first_layer is {self.constants.first_layer}; expected one {blocks}, or "
+                f"{tokens.depth} for none"
             )
 
     @classmethod
@@ -261,6 +281,17 @@ def _layers(value: object) -> tuple[int, ...]:
     if not isinstance(value, list | tuple):
         raise ValueError(f"redirect.layers is {value!r}; expected a list of blocks")
     return tuple(integer("redirect.layers", layer) for layer in value)
+
+
+def _constants(data: Mapping[str, Any]) -> Constants | None:
+    if data["schema"] == 1:  # which knows the variant token alone
+        return None
+    variant, section = data["variant"], data["constants"]
+    if variant not in VARIANTS:
+        raise ValueError(f"variant is {variant!r}; expected one of {', '.join(VARIANTS)}")
+    if (variant == "kv") != (section is not None):
+        raise ValueError(f"constants is {section!r}; expected an object for the variant kv alone")
+    return Constants.from_json(section) if variant == "kv" else None
 
 
 def _threshold(value: object) -> float:

@@ -8,6 +8,9 @@
 - ``append_register.py``: rewrite: the register enters, baked token counts grow.
 - ``redirect_neurons.py``: rewrite: a down-projection's register neurons go to the register.
 - ``remove_register.py``: rewrite: the register is cut off before anything pools or leaves.
+- ``silence_neurons.py``: rewrite: a down-projection's register neurons become zeros (variant kv).
+- ``attention_sites.py``: where in a block's attention keys and values are read.
+- ``add_constants.py``: rewrite: an attention sees constant keys and values (variant kv).
 - ``attention_outputs.py``, ``norm_outputs.py``: rewrites that add outputs.
 - ``patch.py``: all of them in order, with the site counts checked.
 """

@@ -43,7 +43,7 @@ def append_register(
         if id(node) in inside:
             axis.visit(node)
     _refuse_leaks(graph, anchors, axis, inside)
-    mended = _mend(graph, axis)
+    mended = mend(graph, axis)
     editor = Editor(graph)
     pads = editor.constant("regraft.pads", np.array([0, 0, 0, 0, registers, 0], dtype=np.int64))
     padded = editor.node("Pad", "regraft.append_register", [tokens, pads], {"mode": "constant"})
@@ -72,7 +72,8 @@ def _refuse_leaks(graph: gs.Graph, anchors: Anchors, axis: TokenAxis, inside: se
                 )
 
 
-def _mend(graph: gs.Graph, axis: TokenAxis) -> list[str]:
+def mend(graph: gs.Graph, axis: TokenAxis) -> list[str]:
+    """Gives every baked token count that the analysis settled its new value; says which."""
     editor = Editor(graph)
     done: list[str] = []
     by_use: dict[tuple[int, int], tuple[gs.Node, int, dict[int, int]]] = {}

@@ -18,6 +18,8 @@ from regraft.errors import NeuronsError
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft.redirect import RedirectOptions
 from regraft.tokens import TokenLayout
+from regraft_export.register_constants import RegisterConstants
+from regraft_export.vit.attention_calls import Call, attention_calls
 from regraft_export.vit.structure import VisionTransformer, first_tensor
 
 
@@ -77,6 +79,23 @@ def silenced(vit: VisionTransformer, neurons: Iterable[RegisterNeuron]) -> Itera
 
             handle = vit.blocks[layer].down.register_forward_pre_hook(zero)
             stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def register_replaced(
+    vit: VisionTransformer, neurons: Iterable[RegisterNeuron], constants: RegisterConstants
+) -> Iterator[None]:
+    """Within it, the neurons are silent and attention sees constants where the register was.
+
+    The variant ``kv``: appendix A.2 of arXiv 2506.08010.
+    """
+
+    def add(layer: int, call: Call) -> Call:
+        key, value = constants.keys[layer], constants.values[layer]
+        return call.with_constants(torch.from_numpy(key), torch.from_numpy(value))
+
+    with silenced(vit, neurons), attention_calls(vit, constants.layers, add):
         yield
 
 

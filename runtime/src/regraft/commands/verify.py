@@ -136,8 +136,10 @@ def lines(found: Verification) -> Iterator[str]:
         f"{effect.after.median:.4g}"
     )
     share = effect.register_attention[effect.detection_layer]
+    norm = effect.register_norm
+    register = "constants: " if norm is None else f"register: norm {norm:.4g}, "
     yield (
-        f"  register: norm {effect.register_norm:.4g}, {share:.1%} of the attention there; "
+        f"  {register}{share:.1%} of the attention there; "
         f"cosine of {effect.cosine_of} to the baseline: median {effect.cosine_median:.4f}, "
         f"smallest {effect.cosine_smallest:.4f}"
     )
