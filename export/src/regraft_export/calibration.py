@@ -23,7 +23,7 @@ from regraft.errors import InputError, ModelError
 from regraft.neurons import Neurons
 from regraft.redirect import RedirectOptions
 from regraft_export.register_constants import RegisterConstants
-from regraft_export.vit.attention_calls import Call, attention_calls
+from regraft_export.vit.constant_keys import Call, attention_changed
 from regraft_export.vit.hooks import redirected, register_replaced
 from regraft_export.vit.observe import observe
 from regraft_export.vit.structure import VisionTransformer
@@ -63,7 +63,7 @@ def calibrate(
     """
     means = _Means(vit)
     with torch.no_grad(), redirected(vit, neurons, options):
-        with attention_calls(vit, range(vit.layout.depth), means.add):
+        with attention_changed(vit, range(vit.layout.depth), means.add):
             for pixels in batches:
                 means.run(pixels)
                 on_batch(len(pixels))

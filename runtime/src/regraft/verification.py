@@ -163,6 +163,8 @@ def verify(
     compare_probes: bool = False,
     built: Mapping[str, Path] | None = None,
     on_batch: Callable[[int], None] | None = None,
+    on_outputs: Callable[[NDArray[np.float32], Mapping[str, NDArray[np.float32]]], None]
+    | None = None,
 ) -> Verification:
     """Compares an engine with a reference on images and measures the effect.
 
@@ -175,6 +177,7 @@ def verify(
         compare_probes: also compare the probe graphs with the reference (at export).
         built: graph name -> folder of a build that is not in the cache yet.
         on_batch: called with each batch's size, for progress.
+        on_outputs: called with each batch and what the graph ``model`` gave for it.
 
     Returns:
         The findings; call :meth:`Verification.gate` to make a missed limit an error.
@@ -200,6 +203,8 @@ def verify(
             if probes:
                 effect.update(seen["probe_baseline"], seen["probe"])
             images += len(pixels)
+            if on_outputs:
+                on_outputs(pixels, seen["model"])
             if on_batch:
                 on_batch(len(pixels))
         name, precision = candidate["model"].name, candidate["model"].precision

@@ -109,8 +109,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"regraft: warning: {warning}", file=sys.stderr)
     images = ImageBatches(paths, loaded.preprocessing, args.batch_size)
     calibration = ImageBatches(apart, loaded.preprocessing, args.batch_size)
-    for some in (images, calibration) if args.strict else ():
-        some.check_all()
+    if args.strict:
+        images.check_all()
+    if args.strict and apart:
+        calibration.check_all()
     level = recorded_level(neurons, vit.layout.depth) or measured_level(vit, neurons, images)
     with Progress(len(paths) + len(apart), "images", "verifying") as progress:
         exported = export_bundle(

@@ -19,7 +19,7 @@ from regraft.neurons import Neurons, RegisterNeuron
 from regraft.redirect import RedirectOptions
 from regraft.tokens import TokenLayout
 from regraft_export.register_constants import RegisterConstants
-from regraft_export.vit.attention_calls import Call, attention_calls
+from regraft_export.vit.constant_keys import Call, attention_changed
 from regraft_export.vit.structure import VisionTransformer, first_tensor
 
 
@@ -95,7 +95,7 @@ def register_replaced(
         key, value = constants.keys[layer], constants.values[layer]
         return call.with_constants(torch.from_numpy(key), torch.from_numpy(value))
 
-    with silenced(vit, neurons), attention_calls(vit, constants.layers, add):
+    with silenced(vit, neurons), attention_changed(vit, constants.layers, add):
         yield
 
 

@@ -1,6 +1,6 @@
-"""Sees, and may change, what the attention of chosen blocks is computed from.
+"""Sees, and may change, the keys and values that the attention of chosen blocks works on.
 
-Every supported family calls ``scaled_dot_product_attention``, by itself or inside
+The supported families call ``scaled_dot_product_attention``, by themselves or inside
 ``nn.MultiheadAttention``. The call is intercepted while its block runs, so no family needs an
 adapter: queries, keys and values come as the softmax sees them, behind any norm or rotation.
 """
@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,17 @@ from regraft.errors import ModelError
 from regraft_export.vit.structure import VisionTransformer
 
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+# The positional parameters of multi_head_attention_forward.
+_MULTI_HEAD = (
+    *("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight"),
+    *("in_proj_bias", "bias_k", "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight"),
+    "out_proj_bias",
+)
+# What nn.MultiheadAttention may ask for beyond a plain attention.
+_MORE = (
+    *("bias_k", "bias_v", "add_zero_attn", "key_padding_mask", "attn_mask", "is_causal"),
+    *("use_separate_proj_weight", "static_k", "static_v"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ Change = Callable[[int, Call], Call]
 
 
 @contextmanager
-def attention_calls(
+def attention_changed(
     vit: VisionTransformer, layers: Collection[int], change: Change
 ) -> Iterator[None]:
     """Within it, ``change`` is asked before each attention of ``layers``.
@@ -92,8 +102,8 @@ class _OneBlock(TorchFunctionMode):
         if output is not None and self.calls != 1:
             raise ModelError(
                 f"block {self.layer} ({type(module).__name__}) calls scaled_dot_product_attention "
-                f"{self.calls} times; expected once: keys and values can be changed there alone "
-                "(for timm and transformers choose the sdpa attention, not eager)"
+                f"{self.calls} times; expected once, for keys and values can be changed there "
+                "alone (in timm and transformers choose the fused attention: sdpa, not eager)"
             )
 
     def __torch_function__(
@@ -102,14 +112,7 @@ class _OneBlock(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._attend(func, *args, **(kwargs or {}))
         if func is F.multi_head_attention_forward:
-            # What it calls inside, modes do not see.
-            inner = F.scaled_dot_product_attention
-
-            def attend(*args: Any, **kwargs: Any) -> Tensor:
-                return self._attend(inner, *args, **kwargs)
-
-            with mock.patch.object(F, "scaled_dot_product_attention", attend):
-                return func(*args, **(kwargs or {}))
+            return self._multi_head(dict(zip(_MULTI_HEAD, args, strict=False)) | (kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def _attend(self, func: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -125,6 +128,24 @@ class _OneBlock(TorchFunctionMode):
         given |= {"key": call.key, "value": call.value, "attn_mask": call.mask}
         result: Tensor = func(given.pop("query"), given.pop("key"), given.pop("value"), **given)
         return result
+
+    def _multi_head(self, given: dict[str, Any]) -> tuple[Tensor, None]:
+        """``nn.MultiheadAttention``, whose inner calls a mode does not see: said over again."""
+        asked = [name for name in _MORE if given.get(name) not in (None, False)]
+        asked += ["need_weights"] if given.get("need_weights", True) else []
+        tokens: Tensor = given["query"]
+        if asked or given["key"] is not tokens or given["value"] is not tokens or tokens.ndim != 3:
+            raise ModelError(
+                f"block {self.layer}: nn.MultiheadAttention is called with "
+                f"{', '.join(asked) or 'queries, keys and values of several sources'}; expected "
+                "plain self-attention that returns no weights"
+            )
+        length, batch, width = tokens.shape  # the batch is second inside
+        packed = F.linear(tokens, given["in_proj_weight"], given["in_proj_bias"])
+        parts = packed.reshape(length, batch, 3, given["num_heads"], -1).permute(2, 1, 3, 0, 4)
+        mixed = self._attend(F.scaled_dot_product_attention, *parts)
+        flat = mixed.permute(2, 0, 1, 3).reshape(length, batch, width)
+        return F.linear(flat, given["out_proj_weight"], given["out_proj_bias"]), None
 
 
 def _joined(tokens: Tensor, constant: Tensor) -> Tensor:
