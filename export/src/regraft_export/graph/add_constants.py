@@ -15,6 +15,7 @@ the bias of the keys (the softmax cancels it), or takes that of the values behin
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
@@ -84,7 +85,9 @@ def _as(tokens: gs.Variable, constant: _Floats, stem: str) -> NDArray[np.generic
         raise RewriteError(
             f"{stem}: {heads} heads of size {size} do not fit {tokens.name!r}, {tokens.shape}"
         )
-    return np.asarray(laid_out[None].astype(tokens.dtype))
+    dtype = tokens.dtype  # of bfloat16, graphsurgeon keeps ONNX's number
+    known = onnx.helper.tensor_dtype_to_np_dtype(dtype) if isinstance(dtype, int) else dtype
+    return np.asarray(laid_out[None].astype(known))
 
 
 def _shape(graph: gs.Graph, editor: Editor, rest: tuple[int, ...]) -> gs.Variable:
