@@ -16,8 +16,8 @@ import argparse
 import copy
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ from regraft_export.vit.structure import VisionTransformer, from_module
 
 Floats = NDArray[np.float32]
 VARIANTS = ("baseline", "token", "kv")
-INT8 = {"int8, MatMul and Conv": ["MatMul", "Conv"], "int8, every operator": None}
+INT8 = {"int8, MatMul and Conv": ["MatMul", "Conv"], "int8, every operator": []}
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Subject:
     constants: RegisterConstants
 
     def patch(self, variant: str) -> Patch | None:
+        """What the graph of a variant is built with."""
         if variant == "baseline":
             return None
         constants = self.constants if variant == "kv" else None
@@ -103,12 +104,12 @@ def _subjects(loaded: Any, calibration: Floats, seeds: Sequence[int]) -> Iterato
     """The ViT that ships with regraft, with the neurons that finding selects, and planted ones."""
     shipped = from_module(loaded.module, loaded.preprocessing.image_size)
     fitted = torch.from_numpy(calibration)
-    models = [("shipped", shipped, find_neurons(shipped, TensorImages(fitted)).neurons)]
-    for seed in seeds:
-        models.append((f"planted {seed}", *planted(fitted, seed=seed)))
+    found = find_neurons(shipped, TensorImages(fitted))
+    models = [("shipped", shipped, found.neurons)]
+    models += [(f"planted {seed}", *planted(fitted, seed=seed)) for seed in seeds]
     for name, vit, neurons in models:
-        found = calibrate(vit, neurons, RedirectOptions(), [calibration])
-        yield Subject(name, vit, neurons, found.constants)
+        measured = calibrate(vit, neurons, RedirectOptions(), [calibration])
+        yield Subject(name, vit, neurons, measured.constants)
 
 
 def _measure(
@@ -135,10 +136,12 @@ def _states(
         onnx.save(model, path)
         yield f"{precision}, ort-cpu", _run(path, images)
     yield "bf16, PyTorch", _torch(subject, variant, images, torch.bfloat16)
-    quant_pre_process(str(folder / "fp32.onnx"), str(folder / "prepared.onnx"))
+    prepared = str(folder / "prepared.onnx")
+    # Its symbolic inference fails on the exporter's shape arithmetic; the plain one suffices.
+    quant_pre_process(str(folder / "fp32.onnx"), prepared, skip_symbolic_shape=True)
     for name, operators in INT8.items():
         quantize_static(
-            str(folder / "prepared.onnx"),
+            prepared,
             str(folder / "int8.onnx"),
             _Reader(calibration),
             quant_format=QuantFormat.QDQ,
@@ -155,13 +158,13 @@ def _torch(
     if dtype != torch.float32:
         size = (images.shape[2], images.shape[3])
         vit = from_module(copy.deepcopy(vit.module).to(dtype), size)
-    hooks = {
+    hooks: dict[str, Callable[[], AbstractContextManager[None]]] = {
         "baseline": nullcontext,
         "token": lambda: redirected(vit, subject.neurons),
         "kv": lambda: register_replaced(vit, subject.neurons.neurons, subject.constants),
         "zeroed": lambda: silenced(vit, subject.neurons.neurons),
-    }[variant]
-    with torch.no_grad(), hooks():
+    }
+    with torch.no_grad(), hooks[variant]():
         state = observe(vit, torch.from_numpy(images).to(dtype)).last_hidden_state
     return np.asarray(state.float().numpy())
 
@@ -197,9 +200,10 @@ def _errors(right: Floats, state: Floats, prefix: int) -> dict[str, float]:
 
 def _table(result: dict[str, Any]) -> list[str]:
     lines = [
-        f"{result['images']} pictures, {result['calibration_images']} others to calibrate on. Error "
-        "of `last_hidden_state` to the same variant in PyTorch, float32; rows `fp32 to token`: the "
-        "variant's own difference to the variant token, in float32 (zeroed: no constants).",
+        f"{result['images']} pictures, {result['calibration_images']} others to calibrate on. "
+        "Error of `last_hidden_state` to the same variant in PyTorch, float32; rows `fp32 to "
+        "token`: the variant's own difference to the variant token, in float32 (zeroed: no "
+        "constants).",
         "",
         "| model | variant | precision | patches: error | cosine p1 | smallest | CLS: error | "
         "cosine median | smallest |",
