@@ -49,7 +49,7 @@ def test_every_command_of_readme_runs_and_its_code_too(
     monkeypatch.chdir(folder)
     run = [line for line in commands() if CARD not in line]
     names = [line.split()[1] for line in run]
-    assert names == ["find", "export", "report", "extract", "build", "extract"]
+    assert names == ["find", "export", "report", "extract", "build", "extract", "export", "verify"]
     for line in run:
         assert MODEL in line or " bundle " in line
         code = main(shlex.split(line.replace(MODEL, SHIPPED))[1:])
