@@ -313,8 +313,10 @@ def test_a_graph_that_is_not_equal_leaves_nothing_behind(
 def test_wrong_hooks_are_found_by_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As if rewrite and reference disagreed about CLS.
     class Other(PyTorchReference):
-        def __init__(self, vit: object, neurons: Neurons, options: RedirectOptions) -> None:
-            super().__init__(vit, neurons, replace(options, cls="keep"))
+        def __init__(
+            self, vit: object, neurons: Neurons, options: RedirectOptions, *rest: object
+        ) -> None:
+            super().__init__(vit, neurons, replace(options, cls="keep"), *rest)
 
     monkeypatch.setattr(exporting, "PyTorchReference", Other)
     with pytest.raises(GateError, match="model last_hidden_state: relative error"):

@@ -66,7 +66,7 @@ def test_unlisted_files_do_no_harm(bundle_folder: Path) -> None:
 
 def test_a_newer_schema_is_refused(bundle_folder: Path) -> None:
     edit_manifest(bundle_folder, lambda data: data.update(schema=99))
-    with pytest.raises(BundleError, match=r"manifest\.json: schema 99 is newer than 1"):
+    with pytest.raises(BundleError, match=r"manifest\.json: schema 99 is newer than 2"):
         Bundle.open(bundle_folder)
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from regraft.constants import Constants
 from regraft.errors import BundleError
 from regraft.manifest import GRAPHS, SCHEMA, FileRecord, Manifest, Sites, digest
 from regraft.preprocessing import Preprocessing
@@ -67,9 +68,22 @@ def layouts(draw: st.DrawFn, registers: int) -> TokenLayout:
 
 
 @st.composite
+def constants(draw: st.DrawFn, depth: int) -> Constants:
+    errors = st.floats(0, 10, allow_nan=False)
+    return Constants(
+        first_layer=draw(st.integers(0, depth)),
+        images=draw(st.integers(1, 1000)),
+        pixels_sha256=draw(text),
+        measured_images=draw(st.integers(1, 8)),
+        errors=draw(st.dictionaries(st.integers(0, depth), errors, min_size=1, max_size=4)),
+    )
+
+
+@st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     redirect = draw(redirects())
-    tokens = draw(layouts(redirect.registers))
+    kv = draw(st.booleans())
+    tokens = draw(layouts(0 if kv else redirect.registers))
     blocks = st.integers(0, tokens.depth - 1)
     last = {"last_hidden_state": ("batch", tokens.count, tokens.width)}
     records = st.builds(FileRecord, sha256=text, bytes=st.integers(0, 2**50))
@@ -89,11 +103,13 @@ def manifests(draw: st.DrawFn) -> Manifest:
             redirect=draw(st.integers(0, 40)),
             output=draw(st.integers(0, 9)),
             mended=tuple(draw(st.lists(text, max_size=4))),
+            attention=draw(st.integers(0, 40)),
         ),
         graphs=draw(st.dictionaries(st.sampled_from(GRAPHS), file_names, max_size=4)),
         files=draw(st.dictionaries(file_names, records, max_size=4)),
         versions=draw(st.dictionaries(text, text, max_size=3)),
         verified=draw(st.booleans()),
+        constants=draw(constants(tokens.depth)) if kv else None,
     )
 
 
@@ -102,7 +118,7 @@ def test_a_manifest_survives_its_file(manifest: Manifest) -> None:
     data = json.loads(manifest.text())
     assert Manifest.from_json(data) == manifest
     assert data["sha256"] == digest(data)
-    assert (data["schema"], data["input"]["shape"]) == (1, ["batch", 3, *manifest.image_size])
+    assert (data["schema"], data["input"]["shape"]) == (2, ["batch", 3, *manifest.image_size])
 
 
 @pytest.fixture
@@ -144,6 +160,49 @@ def test_every_field_is_needed_and_named(data: Any) -> None:
         assert reading(without) == (
             f"bundle/manifest.json: the field '{field}' is missing; export again"
         )
+
+
+def test_schema_1_is_read_as_the_variant_token(data: Any) -> None:
+    older = {name: value for name, value in data.items() if name not in ("variant", "constants")}
+    del older["sites"]["attention"]
+    manifest = Manifest.from_json({**older, "schema": 1})
+    assert (manifest.variant, manifest.constants, manifest.sites.attention) == ("token", None, 0)
+    assert manifest == Manifest.from_json(data)
+
+
+KV = {
+    "first_layer": 1,
+    "images": 4,
+    "pixels_sha256": "ab",
+    "measured_images": 2,
+    "errors": {"1": 0.1, "3": 0.5},
+}
+
+
+def test_the_variant_kv_has_constants_and_no_register(data: Any) -> None:
+    data["tokens"]["test_time_registers"] = 0
+    data |= {"variant": "kv", "constants": KV}
+    manifest = Manifest.from_json(data)
+    assert manifest.variant == "kv"
+    assert manifest.constants == Constants(1, 4, "ab", 2, {1: 0.1, 3: 0.5})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"variant": "both"}, "variant is 'both'; expected one of token, kv"),
+        ({"variant": "kv", "constants": None}, "constants is None; expected an object for the"),
+        ({"variant": "token"}, "; expected an object for the variant kv alone"),
+        ({"constants": 3}, "constants is 3; expected an object"),
+        ({"constants": {**KV, "first_layer": 4}}, "constants.first_layer is 4; expected one of "),
+        ({"constants": {**KV, "images": 0}}, "constants.images is 0; expected an integer from 1"),
+        ({"constants": {**KV, "errors": {"1": -1}}}, "constants.errors is {'1': -1}; expected num"),
+        ({"constants": {**KV, "errors": [1]}}, "constants.errors is [1]; expected numbers"),
+    ],
+)
+def test_a_variant_that_cannot_be_is_named(data: Any, fields: Any, message: str) -> None:
+    data["tokens"]["test_time_registers"] = 0
+    assert message in reading({**data, "variant": "kv", "constants": KV, **fields})
 
 
 @pytest.mark.parametrize(

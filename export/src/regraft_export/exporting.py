@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 
 from regraft import __version__
 from regraft.bundle import NEURONS, VERIFY, Bundle, record
+from regraft.constants import FILE as CONSTANTS
+from regraft.constants import VARIANTS
 from regraft.errors import InputError
 from regraft.files import scratch_folder, whole_folder
 from regraft.manifest import CUDA_GRAPHS, NAME, FileRecord, Manifest
 from regraft.neurons import Neurons
 from regraft.redirect import RedirectOptions
 from regraft.verification import Verification, verify
+from regraft_export.calibration import Calibration, calibrate
 from regraft_export.graph.cuda.fuse import Fused, fuse, prepare, why_not_fused
 from regraft_export.graph.patch import Built, Patch, Wanted, build
 from regraft_export.outlier_level import OutlierLevel
@@ -49,6 +52,8 @@ class ExportOptions:
         layers: blocks whose raw outputs become ``hidden.L``.
         attentions: blocks whose CLS attention becomes ``attentions.L``.
         baseline: whether baseline and probes are written too.
+        variant: ``token``, a register runs through the network, or ``kv``, constants in attention
+            stand in for it.
     """
 
     redirect: RedirectOptions = field(default_factory=RedirectOptions)
@@ -56,6 +61,19 @@ class ExportOptions:
     layers: tuple[int, ...] = ()
     attentions: tuple[int, ...] = ()
     baseline: bool = True
+    variant: str = "token"
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise InputError(f"variant is {self.variant!r}; expected one of {', '.join(VARIANTS)}")
+        kept = [
+            f"--{n} {v}" for n in ("cls", "patches") if (v := getattr(self.redirect, n)) != "zero"
+        ]
+        if self.variant == "kv" and kept:
+            raise InputError(
+                f"--variant kv silences the neurons in the weights, on every token; {kept[0]} "
+                "needs --variant token"
+            )
 
     def check_against(self, vit: VisionTransformer) -> None:
         """Raises InputError if a chosen block is not in the model."""
@@ -90,6 +108,7 @@ def export_bundle(
     out: Path,
     options: ExportOptions,
     *,
+    calibration: Callable[[], Iterable[NDArray[np.float32]]] | None = None,
     force: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> Exported:
@@ -103,6 +122,8 @@ def export_bundle(
         level: from which norm on, and where, a patch counts as an outlier.
         out: the folder to write.
         options: what it holds.
+        calibration: yields preprocessed images, others than ``batches``, that the constants of the
+            variant kv are measured on; the variant token needs none.
         force: whether an existing bundle may be replaced.
         on_batch: called with each verified batch's size, for progress.
 
@@ -111,7 +132,13 @@ def export_bundle(
         GateError: the bundle is not equal to the PyTorch reference.
     """
     options.check_against(vit)
-    reference = PyTorchReference(vit, neurons, options.redirect)
+    measured = None
+    if options.variant == "kv":
+        images = () if calibration is None else calibration()
+        advance = on_batch or (lambda images: None)
+        measured = calibrate(vit, neurons, options.redirect, images, on_batch=advance)
+    constants = None if measured is None else measured.constants
+    reference = PyTorchReference(vit, neurons, options.redirect, constants)
 
     def check(bundle: Bundle, *graphs: str) -> Verification:
         found = verify(
@@ -127,7 +154,7 @@ def export_bundle(
 
     portable, cuda = tuple(CUDA_GRAPHS), tuple(CUDA_GRAPHS.values())
     with whole_folder(out, marker=NAME, force=force) as folder:
-        manifest, added = _write(loaded, vit, neurons, level, folder, options)
+        manifest, added = _write(loaded, vit, neurons, level, folder, options, measured)
         if options.precision == "fp32":
             verification = check(Bundle(folder, manifest), *portable, *cuda)
         else:
@@ -135,7 +162,7 @@ def export_bundle(
             # verified in float32.
             with scratch_folder(folder) as twin:
                 exact = replace(options, precision="fp32")
-                fp32, _ = _write(loaded, vit, neurons, level, twin, exact)
+                fp32, _ = _write(loaded, vit, neurons, level, twin, exact, measured)
                 if options.precision == "bf16":
                     verification = check(Bundle(twin, fp32), *portable, *cuda)
                     manifest = replace(manifest, verified=False)
@@ -157,11 +184,13 @@ def _write(
     level: OutlierLevel,
     folder: Path,
     options: ExportOptions,
+    calibration: Calibration | None,
 ) -> tuple[Manifest, Mapping[int, int]]:
-    """Writes graphs, weights and neurons; the manifest returned lists them but is not written."""
+    """Writes all files but the manifest, which is returned and lists them."""
     size = loaded.preprocessing.image_size
     traced = trace(vit, size, options.precision)
-    patch = Patch(neurons, options.redirect)
+    constants = None if calibration is None else calibration.constants
+    patch = Patch(neurons, options.redirect, constants)
     outputs = Wanted(layers=options.layers, attentions=options.attentions)
     probe = Wanted(probe=True)
     plan: dict[str, tuple[Patch | None, Wanted]] = {"model": (patch, outputs)}
@@ -175,11 +204,13 @@ def _write(
             built = build(traced, what, wanted)
             weights.save(built.proto, FILES[name])
             model = model or built
-        prepared = prepare(traced)
-        for name, cuda in CUDA_GRAPHS.items():
-            if name in plan:
-                fused[cuda] = fuse(prepared, *plan[name])
-        missing = why_not_fused(fused["model_cuda"], vit.layout.depth)
+        missing = "the variant kv has no fused form yet" if constants is not None else ""
+        if not missing:
+            prepared = prepare(traced)
+            for name, cuda in CUDA_GRAPHS.items():
+                if name in plan:
+                    fused[cuda] = fuse(prepared, *plan[name])
+            missing = why_not_fused(fused["model_cuda"], vit.layout.depth)
         if missing:
             fused.clear()  # no silent half-fusion
         for name, graph in fused.items():
@@ -189,6 +220,9 @@ def _write(
     (folder / NEURONS).write_text(_json(neurons.to_json()), encoding="utf-8")
     graphs = {name: FILES[name] for name in (*plan, *fused)}
     names = [*graphs.values(), WEIGHTS, NEURONS]
+    if constants is not None:
+        constants.save(folder)
+        names.append(CONSTANTS)
     files: dict[str, FileRecord] = {name: record(folder / name) for name in names}
     manifest = Manifest(
         model={
@@ -197,7 +231,9 @@ def _write(
             "weights_sha256": loaded.weights_sha256,
         },
         preprocessing=loaded.preprocessing,
-        tokens=replace(vit.layout, test_time_registers=options.redirect.registers),
+        tokens=replace(vit.layout, test_time_registers=options.redirect.registers)
+        if constants is None
+        else vit.layout,
         redirect=options.redirect,
         layers=neurons.layers,
         detection_layer=level.layer,
@@ -211,6 +247,7 @@ def _write(
         versions=versions(),
         cuda=fused["model_cuda"].fusions if fused else None,
         cuda_missing=missing,
+        constants=None if calibration is None else calibration.about,
     )
     return manifest, model.nodes_added
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,9 @@ from regraft.bundle import Bundle
 from regraft.errors import InputError
 from regraft.neurons import Neurons
 from regraft.redirect import RedirectOptions
+from regraft_export.register_constants import RegisterConstants
 from regraft_export.sources import load
-from regraft_export.vit.hooks import redirected
+from regraft_export.vit.hooks import redirected, register_replaced
 from regraft_export.vit.observe import Observation, observe
 from regraft_export.vit.structure import VisionTransformer, from_module
 
@@ -28,20 +29,25 @@ class PyTorchReference:
         vit: the model, float32.
         neurons: the register neurons.
         options: of the redirect.
+        constants: of the variant kv; without them the variant is token.
     """
 
     name = "PyTorch with hooks, float32"
 
-    def __init__(self, vit: VisionTransformer, neurons: Neurons, options: RedirectOptions) -> None:
-        self.vit, self.neurons, self.options = vit, neurons, options
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        neurons: Neurons,
+        options: RedirectOptions,
+        constants: RegisterConstants | None = None,
+    ) -> None:
+        self.vit, self.neurons, self.options, self.constants = vit, neurons, options, constants
 
     def run(
         self, graph: str, pixels: NDArray[np.float32], outputs: Sequence[str]
     ) -> Mapping[str, NDArray[np.float32]]:
         """The named outputs of ``model``, ``baseline``, ``probe`` or ``probe_baseline``."""
-        patched = graph in ("model", "probe")
-        hooks = redirected(self.vit, self.neurons, self.options) if patched else nullcontext()
-        with torch.no_grad(), hooks:
+        with torch.no_grad(), self._hooks(graph in ("model", "probe")):
             seen = observe(
                 self.vit,
                 torch.from_numpy(pixels).to(self.vit.device),
@@ -50,6 +56,13 @@ class PyTorchReference:
             )
         probe = graph.startswith("probe")
         return {name: self._output(seen, name, probe).cpu().numpy() for name in outputs}
+
+    def _hooks(self, patched: bool) -> AbstractContextManager[None]:
+        if not patched:
+            return nullcontext()
+        if self.constants is not None:
+            return register_replaced(self.vit, self.neurons.neurons, self.constants)
+        return redirected(self.vit, self.neurons, self.options)
 
     def _output(self, seen: Observation, name: str, probe: bool) -> Tensor:
         layout = self.vit.layout
@@ -96,4 +109,6 @@ def open_reference(bundle: Bundle, model: str, weights: Path | None) -> Iterator
             "give the model the bundle was made from"
         )
     vit = from_module(loaded.module, bundle.manifest.image_size)
-    yield PyTorchReference(vit, bundle.neurons(), bundle.manifest.redirect)
+    kv = bundle.manifest.variant == "kv"
+    constants = RegisterConstants.load(bundle.path) if kv else None
+    yield PyTorchReference(vit, bundle.neurons(), bundle.manifest.redirect, constants)

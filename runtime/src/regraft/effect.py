@@ -45,9 +45,11 @@ class Effect:
         threshold: norm above which a patch counts as an outlier.
         before: of the baseline.
         after: of the patched model.
-        register_norm: median norm of the test-time registers at the detection layer.
-        register_attention: {layer: share of CLS attention that goes to the registers}, mean over
-            heads and images. Without a class token: of the patches' attention.
+        register_norm: median norm of the test-time registers at the detection layer; None in the
+            variant kv, which has none.
+        register_attention: {layer: share of CLS attention that goes to the registers, or to the
+            constants in their place}, mean over heads and images. Without a class token: of the
+            patches' attention.
         cosine_of: what the cosines compare: pooled, cls or patches (their mean).
         cosine_median: over images, of patched and baseline.
         cosine_smallest: over images.
@@ -59,7 +61,7 @@ class Effect:
     threshold: float
     before: Norms
     after: Norms
-    register_norm: float
+    register_norm: float | None
     register_attention: dict[int, float]
     cosine_of: str
     cosine_median: float
@@ -106,7 +108,7 @@ class EffectMeter:
         """The effect over everything seen so far; at least one image."""
         threshold = self.manifest.threshold
         before, after = np.concatenate(self._before), np.concatenate(self._after)
-        cosines = np.concatenate(self._cosines)
+        cosines, registers = np.concatenate(self._cosines), np.concatenate(self._registers)
         return Effect(
             images=self.images,
             patches=before.size,
@@ -114,7 +116,7 @@ class EffectMeter:
             threshold=threshold,
             before=_norms(before, threshold),
             after=_norms(after, threshold),
-            register_norm=float(np.median(np.concatenate(self._registers))),
+            register_norm=float(np.median(registers)) if registers.size else None,
             register_attention={
                 i: float(np.concatenate(shares).mean()) for i, shares in self._attention.items()
             },

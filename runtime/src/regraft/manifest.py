@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from regraft.constants import VARIANTS, Constants
 from regraft.errors import BundleError, InputError
 from regraft.preprocessing import Preprocessing
 from regraft.redirect import RedirectOptions
 from regraft.tokens import TokenLayout, integer
 
-SCHEMA = 1
+SCHEMA = 2  # 1 has no variants: all bundles are `token`
 NAME = "manifest.json"
 # The graphs of `ort-cuda`: the same function as the one each is named after, in other operators.
 CUDA_GRAPHS = {"model": "model_cuda", "baseline": "baseline_cuda"}
@@ -46,16 +47,18 @@ class Sites:
     """What the rewrite touched, counted: the proof that it happened.
 
     Attributes:
-        token: where the register is appended (1).
+        token: where the register is appended (1; 0 in the variant kv).
         redirect: touched down-projections, one per touched layer.
-        output: places where the register is removed.
+        output: places where the register is removed (none in the variant kv).
         mended: baked token counts that became T + R, as ``node: before -> after``.
+        attention: attentions that see constants (none in the variant token).
     """
 
     token: int
     redirect: int
     output: int
     mended: tuple[str, ...] = ()
+    attention: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ class Manifest:
         cuda: what the patched graph of ``ort-cuda`` has fused; None where there is no such graph.
         cuda_missing: why there is none, in one line; empty if there is one, or if the bundle was
             written before there were any.
+        constants: of the variant kv; None in the variant token.
     """
 
     model: Mapping[str, str]
@@ -130,6 +134,12 @@ class Manifest:
     verified: bool = True
     cuda: CudaFusions | None = None
     cuda_missing: str = ""
+    constants: Constants | None = None
+
+    @property
+    def variant(self) -> str:
+        """``token``: a register runs through the network; ``kv``: constants stand in for it."""
+        return "token" if self.constants is None else "kv"
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -155,6 +165,8 @@ class Manifest:
             "versions": dict(self.versions),
             "verified": self.verified,
             **self._cuda_json(),
+            "variant": self.variant,
+            "constants": None if self.constants is None else self.constants.to_json(),
         }
         return {**content, "sha256": digest(content)}
 
@@ -211,6 +223,7 @@ class Manifest:
                 redirect=integer("sites.redirect", sites["redirect"]),
                 output=integer("sites.output", sites["output"]),
                 mended=tuple(str(line) for line in sites["mended"]),
+                attention=integer("sites.attention", sites.get("attention", 0)),
             ),
             graphs={str(k): str(v) for k, v in data["graphs"].items()},
             files={
@@ -223,13 +236,15 @@ class Manifest:
             verified=_truth("verified", data["verified"]),
             cuda=_fusions(data.get("cuda")),
             cuda_missing=str((data.get("cuda") or {}).get("missing", "")),
+            constants=_constants(data),
         )
 
     def _check(self) -> None:
         """Raises ValueError, naming the field, unless the fields fit each other."""
         tokens = self.tokens
+        registers = self.redirect.registers if self.constants is None else 0
         for name, got, expected in (
-            ("tokens.test_time_registers", tokens.test_time_registers, self.redirect.registers),
+            ("tokens.test_time_registers", tokens.test_time_registers, registers),
             (
                 'outputs["last_hidden_state"]',
                 self.outputs.get("last_hidden_state"),
@@ -250,6 +265,11 @@ class Manifest:
         if not ascending or any(i >= tokens.depth for i in self.layers):
             raise ValueError(
                 f"redirect.layers is {_json(self.layers)}; expected some {blocks}, ascending"
+            )
+        if self.constants is not None and self.constants.first_layer > tokens.depth:
+            raise ValueError(
+                f"constants.first_layer is {self.constants.first_layer}; expected one {blocks}, or "
+                f"{tokens.depth} for none"
             )
 
     @classmethod
@@ -305,6 +325,17 @@ def _layers(value: object) -> tuple[int, ...]:
     if not isinstance(value, list | tuple):
         raise ValueError(f"redirect.layers is {value!r}; expected a list of blocks")
     return tuple(integer("redirect.layers", layer) for layer in value)
+
+
+def _constants(data: Mapping[str, Any]) -> Constants | None:
+    if data["schema"] == 1:  # which knows the variant token alone
+        return None
+    variant, section = data["variant"], data["constants"]
+    if variant not in VARIANTS:
+        raise ValueError(f"variant is {variant!r}; expected one of {', '.join(VARIANTS)}")
+    if (variant == "kv") != (section is not None):
+        raise ValueError(f"constants is {section!r}; expected an object for the variant kv alone")
+    return Constants.from_json(section) if variant == "kv" else None
 
 
 def _threshold(value: object) -> float:

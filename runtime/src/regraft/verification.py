@@ -167,6 +167,8 @@ def verify(
     graphs: Sequence[str] = ("model", "baseline"),
     built: Mapping[str, Path] | None = None,
     on_batch: Callable[[int], None] | None = None,
+    on_outputs: Callable[[NDArray[np.float32], Mapping[str, NDArray[np.float32]]], None]
+    | None = None,
 ) -> Verification:
     """Compares an engine with a reference on images and measures the effect.
 
@@ -181,6 +183,7 @@ def verify(
             what the graphs they are named after should yield.
         built: graph name -> folder of a build that is not in the cache yet.
         on_batch: called with each batch's size, for progress.
+        on_outputs: called with each batch and what the graph ``model`` gave for it.
 
     Returns:
         The findings; call :meth:`Verification.gate` to make a missed limit an error.
@@ -209,6 +212,8 @@ def verify(
             if probes:
                 effect.update(seen["probe_baseline"], seen["probe"])
             images += len(pixels)
+            if on_outputs:
+                on_outputs(pixels, seen["model"])
             if on_batch:
                 on_batch(len(pixels))
         opened = candidate[compared[0]]

@@ -52,7 +52,8 @@ def test_a_bundle_and_what_was_found(export: Regraft, tmp_path: Path) -> None:
     lines = out.splitlines()
     assert lines[0].startswith(f"{tmp_path / 'bundle'}: {bundles.PLANTED}, fp32, opset 20, ")
     assert lines[1] == (
-        "sites: 1 token, 2 redirect (layers 1, 2), 4 output; 8 baked token counts mended"
+        "sites: 1 token, 2 redirect (layers 1, 2), 4 output, 0 attention; 8 baked token counts "
+        "mended"
     )
     assert lines[2] == (
         "parity of ort-cpu (fp32) with PyTorch with hooks, float32, 5 images: passed"

@@ -204,7 +204,7 @@ def test_a_reader_that_goes_away_is_no_traceback(pristine_bundle: Path) -> None:
 def test_the_command_is_installed(pristine_bundle: Path) -> None:
     done = in_a_process("inspect", pristine_bundle, "--json")
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout)["manifest"]["schema"] == 1
+    assert json.loads(done.stdout)["manifest"]["schema"] == 2
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -181,7 +181,7 @@ def edit_manifest(bundle: Path, **fields: object) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "byte": (damage_byte, "weights.data was changed (its sha256 differs)"),
     "missing": (lambda b: (b / "model.onnx").unlink(), "model.onnx is missing"),
-    "schema": (lambda b: edit_manifest(b, schema=2), "schema 2 is newer than 1"),
+    "schema": (lambda b: edit_manifest(b, schema=3), "schema 3 is newer than 2"),
     "escape": (
         lambda b: edit_manifest(b, graphs={"model": "../model.onnx"}),
         "the file name '../model.onnx' leaves the bundle; refused",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.cli.options import add_force, at_least, integers
+from regraft.constants import VARIANTS
 from regraft.errors import InputError
 from regraft_export.commands._model_arguments import add_model_arguments, load_model
 from regraft_export.commands._redirect_arguments import add_redirect_arguments, redirect_options
@@ -36,6 +37,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", required=True, nargs="+", metavar="DIR", help="images to verify on"
     )
     parser.add_argument("--out", required=True, metavar="BUNDLE", help="the folder to write")
+    parser.add_argument(
+        "--variant",
+        choices=VARIANTS,
+        default="token",
+        help="token: a register runs through the network (default); kv: the neurons are silenced "
+        "in the weights, and later attentions see the register's mean key and value",
+    )
+    parser.add_argument(
+        "--calibration-images",
+        type=at_least(1),
+        default=128,
+        metavar="N",
+        help="--variant kv: take the mean over at most N of the --images, none of which is "
+        "verified on (default: %(default)s)",
+    )
     add_redirect_arguments(parser)
     outputs = parser.add_argument_group("outputs")
     outputs.add_argument(
@@ -77,18 +93,21 @@ def run(args: argparse.Namespace) -> int:
 
     check_output(args.out, args.force, marker=NAME)
     neurons = Neurons.load(args.neurons)
-    paths = spread(list_images(args.images), args.max_images)
     options = _options(args)
+    paths, apart = shared_out(list_images(args.images), args)
     loaded = load_model(args)
     vit = from_module(loaded.module, loaded.preprocessing.image_size)
     options.check_against(vit)
     for warning in check_identity(neurons, loaded, vit, args.force):
         print(f"regraft: warning: {warning}", file=sys.stderr)
     images = ImageBatches(paths, loaded.preprocessing, args.batch_size)
+    calibration = ImageBatches(apart, loaded.preprocessing, args.batch_size)
     if args.strict:
         images.check_all()
+    if args.strict and apart:
+        calibration.check_all()
     level = recorded_level(neurons, vit.layout.depth) or measured_level(vit, neurons, images)
-    with Progress(len(paths), "images", "verifying") as progress:
+    with Progress(len(paths) + len(apart), "images", "verifying") as progress:
         exported = export_bundle(
             loaded,
             vit,
@@ -97,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
             level,
             Path(args.out),
             options,
+            calibration=lambda: calibration,
             force=args.force,
             on_batch=progress.advance,
         )
@@ -148,6 +168,27 @@ class ImageBatches:
             )
 
 
+def shared_out(paths: list[Path], args: argparse.Namespace) -> tuple[list[Path], list[Path]]:
+    """The images to verify on and, for the variant kv, others to calibrate on.
+
+    Verifying takes at most half of them there, so that neither lacks images.
+
+    Raises:
+        InputError: a single image for the variant kv.
+    """
+    if args.variant == "token":
+        return spread(paths, args.max_images), []
+    if len(paths) < 2:
+        raise InputError(
+            f"--variant kv: {len(paths)} image came; expected at least 2, some to average the "
+            "register over and others to verify on, and better 100 or more"
+        )
+    verified = spread(paths, min(args.max_images, len(paths) // 2))
+    taken = set(verified)
+    others = [path for path in paths if path not in taken]
+    return verified, spread(others, args.calibration_images)
+
+
 def spread(paths: list[Path], most: int) -> list[Path]:
     """At most so many, evenly spread over the list."""
     if len(paths) <= most:
@@ -164,6 +205,7 @@ def _options(args: argparse.Namespace) -> Any:
         layers=args.layers,
         attentions=args.attentions,
         baseline=not args.no_baseline,
+        variant=args.variant,
     )
 
 
@@ -177,9 +219,17 @@ def _summary(out: str, manifest: Manifest, verification: Verification) -> Iterat
     )
     yield (
         f"sites: {sites.token} token, {sites.redirect} redirect (layers "
-        f"{', '.join(map(str, manifest.layers))}), {sites.output} output; {len(sites.mended)} "
-        "baked token counts mended"
+        f"{', '.join(map(str, manifest.layers))}), {sites.output} output, {sites.attention} "
+        f"attention; {len(sites.mended)} baked token counts mended"
     )
+    made = manifest.constants
+    if made is not None:
+        none = max(made.errors)
+        yield (
+            f"constants: from layer {made.first_layer} on, mean of {made.images} images; error to "
+            f"the variant token {made.errors[made.first_layer]:.2g}, without constants "
+            f"{made.errors[none]:.2g} (on {made.measured_images} images)"
+        )
     yield from lines(verification)
     if manifest.cuda_missing:
         yield f"ort-cuda: no graph of its own, runs the portable one: {manifest.cuda_missing}"

@@ -9,6 +9,9 @@
 - ``rotary_tables.py``: rewrite: rotary positions become constants, with rows for the register.
 - ``redirect_neurons.py``: rewrite: a down-projection's register neurons go to the register.
 - ``remove_register.py``: rewrite: the register is cut off before anything pools or leaves.
+- ``silence_neurons.py``: rewrite: a down-projection's register neurons become zeros (variant kv).
+- ``attention_sites.py``: where in a block's attention keys and values are read.
+- ``add_constants.py``: rewrite: an attention sees constant keys and values (variant kv).
 - ``attention_outputs.py``, ``norm_outputs.py``: rewrites that add outputs.
 - ``patch.py``: all of them in order, with the site counts checked.
 """

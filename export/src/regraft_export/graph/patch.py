@@ -20,14 +20,18 @@ from regraft.neurons import Neurons
 from regraft.redirect import RedirectOptions
 from regraft.tokens import TokenLayout
 from regraft_export.graph import anchors as places
+from regraft_export.graph.add_constants import NODES, add_constants
 from regraft_export.graph.anchors import Anchors
 from regraft_export.graph.append_register import append_register
 from regraft_export.graph.attention_outputs import cls_to_patches, to_every_token
+from regraft_export.graph.attention_sites import attention_site
 from regraft_export.graph.document import read, tensor, write
 from regraft_export.graph.norm_outputs import token_norms
 from regraft_export.graph.redirect_neurons import redirect_neurons
 from regraft_export.graph.remove_register import REGISTERS, remove_register, set_outputs
 from regraft_export.graph.rotary_tables import RotaryTable, bind_rotary_tables
+from regraft_export.graph.silence_neurons import silence_neurons, weight_name
+from regraft_export.register_constants import RegisterConstants
 
 LAST, POOLED = "last_hidden_state", "pooler_output"
 
@@ -57,10 +61,11 @@ class Traced:
 
 @dataclass(frozen=True)
 class Patch:
-    """What to patch in: neurons and options."""
+    """What to patch in: neurons and options; with constants, the variant kv."""
 
     neurons: Neurons
     options: RedirectOptions
+    constants: RegisterConstants | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,9 @@ def build(traced: Traced, patch: Patch | None, wanted: Wanted) -> Built:
     attended = range(layout.depth) if wanted.probe else wanted.attentions
     probabilities = {i: places.attention_probabilities(spans[i], i) for i in attended}
     rewritten = None
-    if patch is not None:
+    if patch is not None and patch.constants is not None:
+        rewritten = _patch_constants(graph, traced, patch, patch.constants, spans)
+    elif patch is not None:
         layout = replace(layout, test_time_registers=patch.options.registers)
         rewritten = _patch(graph, traced, patch, wanted, layout, spans)
         values |= rewritten.cut
@@ -124,12 +131,14 @@ def build(traced: Traced, patch: Patch | None, wanted: Wanted) -> Built:
     outputs: _Outputs = {LAST: (values[anchors.final], _tokens_shape(layout))}
     # A probe measures the block's raw output, registers included, not what was cut from it.
     raw = {name: tensor(graph, name) for name in anchors.hidden}
+    seen = dict.fromkeys(range(layout.depth), layout.count + layout.test_time_registers)
+    seen |= {} if rewritten is None else rewritten.seen
     outputs |= _more_outputs(
-        graph, traced, layout, wanted, raw if wanted.probe else values, probabilities
+        graph, traced, layout, wanted, raw if wanted.probe else values, probabilities, seen
     )
     if pooled is not None:
         outputs[POOLED] = (pooled, ("batch", *(traced.pooled or ())))
-    if rewritten is not None and not wanted.probe:
+    if rewritten is not None and rewritten.registers is not None and not wanted.probe:
         shape = ("batch", layout.test_time_registers, layout.width)
         outputs[REGISTERS] = (rewritten.registers, shape)
     set_outputs(graph, outputs)
@@ -144,13 +153,23 @@ def build(traced: Traced, patch: Patch | None, wanted: Wanted) -> Built:
 
 @dataclass(frozen=True)
 class _Rewritten:
-    """What the three rewrites of a patch left behind."""
+    """What the rewrites of a patch left behind.
 
-    layers: tuple[int, ...]
+    Attributes:
+        weights: names of the weights with zeroed rows, one per touched layer.
+        mended: baked token counts, as ``node: before -> after``.
+        nodes_added: {layer: nodes}.
+        cut: tensor name -> the same without registers; empty in the variant kv.
+        registers: as they leave the network; None in the variant kv.
+        seen: {layer: keys its attention sees}, where that is not the number of tokens.
+    """
+
+    weights: list[str]
     mended: list[str]
     nodes_added: dict[int, int]
     cut: dict[str, gs.Variable]
-    registers: gs.Variable
+    registers: gs.Variable | None
+    seen: dict[int, int]
 
 
 def _patch(
@@ -171,7 +190,31 @@ def _patch(
     }
     leaving = [anchors.hidden[i] for i in wanted.layers]
     cut, registers = remove_register(graph, anchors.final, leaving, layout.count, options.registers)
-    return _Rewritten(layers, mended, added, cut, registers)
+    weights = [f"regraft.redirect.{i}.weight" for i in layers]
+    return _Rewritten(weights, mended, added, cut, registers, {})
+
+
+def _patch_constants(
+    graph: gs.Graph,
+    traced: Traced,
+    patch: Patch,
+    constants: RegisterConstants,
+    spans: Mapping[int, Sequence[gs.Node]],
+) -> _Rewritten:
+    """The variant kv: neurons silenced by weight, constants in the attentions that have some."""
+    layout, neurons = traced.layout, patch.neurons
+    downs = {i: places.down_projection(spans[i], traced.down[i], i) for i in neurons.layers}
+    sites = {i: attention_site(spans[i], layout, i) for i in constants.layers}
+    for i, down in downs.items():
+        silence_neurons(graph, down, neurons.of(i))
+    mended, seen = list[str](), dict[int, int]()
+    for i, site in sites.items():
+        key, value = constants.keys[i], constants.values[i]
+        mended += add_constants(graph, site, (key, value), layout)
+        seen[i] = layout.count + key.shape[1]
+    bind_rotary_tables(graph, traced.tables, 0)
+    weights = [weight_name(i) for i in downs]
+    return _Rewritten(weights, mended, dict.fromkeys(sites, NODES), {}, None, seen)
 
 
 _Outputs = dict[str, tuple[gs.Variable, tuple[int | str, ...]]]
@@ -188,18 +231,18 @@ def _more_outputs(
     wanted: Wanted,
     values: Mapping[str, gs.Variable],
     probabilities: Mapping[int, gs.Variable],
+    seen: Mapping[int, int],
 ) -> _Outputs:
     hidden, heads = traced.anchors.hidden, layout.heads
     outputs: _Outputs = {}
     if wanted.probe:
-        every = layout.count + layout.test_time_registers
         for i in range(layout.depth):
             norms = token_norms(graph, values[hidden[i]], i)
-            outputs[f"norms.{i}"] = (norms, ("batch", every))
+            outputs[f"norms.{i}"] = (norms, ("batch", layout.count + layout.test_time_registers))
         for i, p in probabilities.items():
             outputs[f"attentions.{i}"] = (
                 to_every_token(graph, p, layout, i),
-                ("batch", heads, every),
+                ("batch", heads, seen[i]),
             )
         return outputs
     for i in wanted.layers:
@@ -218,16 +261,23 @@ def _count(graph: gs.Graph, rewritten: _Rewritten, wanted: Wanted) -> Sites:
     weights = {t.name for node in graph.nodes for t in node.inputs if isinstance(t, gs.Constant)}
     sites = Sites(
         token=names.count("regraft.append_register"),
-        redirect=sum(f"regraft.redirect.{i}.weight" in weights for i in rewritten.layers),
+        redirect=sum(name in weights for name in rewritten.weights),
         output=sum(name.startswith("regraft.cut.") for name in names),
         mended=tuple(rewritten.mended),
+        attention=sum(
+            {f"regraft.constant.{i}.{what}.join" for what in ("key", "value")} <= set(names)
+            for i in rewritten.seen
+        ),
     )
+    found = (sites.token, sites.redirect, sites.output, sites.attention)
+    token = rewritten.registers is not None
     # Cut: last_hidden_state, each further block output, the registers; a probe only the first.
-    cuts = 1 if wanted.probe else 1 + len(rewritten.cut)
-    found, expected = (sites.token, sites.redirect, sites.output), (1, len(rewritten.layers), cuts)
+    cuts = (1 if wanted.probe else 1 + len(rewritten.cut)) if token else 0
+    expected = (int(token), len(rewritten.weights), cuts, len(rewritten.seen))
     if found != expected:
         raise RewriteError(
-            f"the patched graph has {found[0]} token, {found[1]} redirect and {found[2]} output "
-            f"sites; expected {expected[0]}, {expected[1]} and {expected[2]}: a rewrite was lost"
+            f"the patched graph has {found[0]} token, {found[1]} redirect, {found[2]} output and "
+            f"{found[3]} attention sites; expected {expected[0]}, {expected[1]}, {expected[2]} and "
+            f"{expected[3]}: a rewrite was lost"
         )
     return sites

@@ -6,5 +6,6 @@
   needs rows in.
 - ``observe.py``: one forward pass with block outputs, registers and CLS attention recorded;
   ``attention_calls.py``: attention seen whatever function computes it.
+- ``constant_keys.py``: changes the keys and values of a block's attention, whatever its class.
 - ``hooks.py``: the redirect by hooks, the reference that every rewrite is compared with.
 """

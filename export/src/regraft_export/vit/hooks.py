@@ -19,6 +19,8 @@ from regraft.errors import NeuronsError
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft.redirect import RedirectOptions
 from regraft.tokens import TokenLayout
+from regraft_export.register_constants import RegisterConstants
+from regraft_export.vit.constant_keys import Call, attention_changed
 from regraft_export.vit.parts import VisionTransformer, first_tensor
 from regraft_export.vit.rotary import argument_of, extended, tables_of
 
@@ -83,6 +85,23 @@ def silenced(vit: VisionTransformer, neurons: Iterable[RegisterNeuron]) -> Itera
 
             handle = vit.blocks[layer].down.register_forward_pre_hook(zero)
             stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def register_replaced(
+    vit: VisionTransformer, neurons: Iterable[RegisterNeuron], constants: RegisterConstants
+) -> Iterator[None]:
+    """Within it, the neurons are silent and attention sees constants where the register was.
+
+    The variant ``kv``: appendix A.2 of arXiv 2506.08010.
+    """
+
+    def add(layer: int, call: Call) -> Call:
+        key, value = constants.keys[layer], constants.values[layer]
+        return call.with_constants(torch.from_numpy(key), torch.from_numpy(value))
+
+    with silenced(vit, neurons), attention_changed(vit, constants.layers, add):
         yield
 
 

@@ -85,6 +85,28 @@ def _redirect(manifest: Manifest, neurons: Neurons) -> Iterator[tuple[str, str]]
         f"{_count(sites.token, 'token site')}, {_count(sites.redirect, 'redirect site')}, "
         f"{_count(sites.output, 'output site')}, {_count(len(sites.mended), 'token count')} mended",
     )
+    yield from _variant(manifest)
+
+
+def _variant(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    made = manifest.constants
+    if made is None:
+        yield "variant", "token: a test-time register runs through the network"
+        return
+    yield (
+        "variant",
+        f"kv: neurons zero in the weights, constant keys and values in "
+        f"{_count(manifest.sites.attention, 'attention')}, from layer {made.first_layer} on",
+    )
+    yield (
+        "",
+        f"averaged over {_count(made.images, 'image')}; error to the variant token by first layer, "
+        f"on {_count(made.measured_images, 'image')}: "
+        + ", ".join(
+            f"{'none' if i == manifest.tokens.depth else i} {error:.2g}"
+            for i, error in made.errors.items()
+        ),
+    )
 
 
 def _cuda(manifest: Manifest) -> Iterator[tuple[str, str]]:

@@ -9,12 +9,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from regraft import side_by_side
 from regraft.bundle import Bundle
 from regraft.cli.options import add_engine, at_least
 from regraft.engines import EngineOptions
@@ -23,7 +29,8 @@ from regraft.images import list_images
 from regraft.manifest import CUDA_GRAPHS
 from regraft.pipeline import Failure, batches
 from regraft.progress import Progress
-from regraft.verification import Reference, UnoptimisedGraph, Verification, verify
+from regraft.side_by_side import Agreement, AgreementMeter, Side, expect_one_model
+from regraft.verification import Engines, Reference, UnoptimisedGraph, Verification, verify
 
 REFERENCES = "regraft.references"  # entry points: how a MODEL becomes a Reference
 
@@ -32,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("bundle", metavar="BUNDLE", help="folder that `regraft export` wrote")
     parser.add_argument("--images", required=True, nargs="+", metavar="DIR", help="any images")
+    parser.add_argument(
+        "--against",
+        metavar="BUNDLE",
+        help="verify another bundle of the same model too, and show both side by side (for "
+        "instance the variants token and kv)",
+    )
     add_reference(parser)
     add_engine(parser)
     parser.add_argument("--batch-size", type=at_least(1), default=8, metavar="N")
@@ -53,33 +66,86 @@ def add_reference(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Verifies, prints the findings, and fails if a limit is missed."""
     bundle = Bundle.open(args.bundle)
+    other = None if args.against is None else Bundle.open(args.against)
+    if other is not None:
+        expect_one_model(bundle, other)
     paths = list_images(args.images)[: args.max_images]
-    failures: list[Failure] = []
+    images = _Images(paths, args.batch_size)
+    if other is None:
+        found = _verified(bundle, args, images)
+        said, words = found.to_json(), lines(found)
+        verified = [found]
+    else:
+        sides, agreement = _side_by_side(bundle, other, args, images)
+        said = {**sides[0].to_json(), **side_by_side.to_json(sides[1], agreement)}
+        verified = [side.found for side in sides]
+        words = chain(*map(lines, verified), side_by_side.lines(sides, agreement))
+    print(json.dumps(said, allow_nan=False) if args.json else "\n".join(words))
+    sys.stdout.flush()
+    for one in verified:
+        one.gate()
+    if images.failed and args.strict:
+        raise InputError(
+            f"{len(images.failed)} of {len(paths)} images could not be read (named above)"
+        )
+    return 0
+
+
+@dataclass
+class _Images:
+    """The images, decoded anew for each bundle; each that cannot be read is named once."""
+
+    paths: Sequence[Path]
+    batch_size: int
+    failed: set[str] = field(default_factory=set)
+
+    def batches(self, bundle: Bundle, progress: Progress) -> Iterator[NDArray[np.float32]]:
+        def skip(failure: Failure) -> None:
+            if failure.path in self.failed:
+                progress.advance()
+            else:
+                progress.leave_out(failure.message)
+            self.failed.add(failure.path)
+
+        steps = bundle.manifest.preprocessing
+        for batch in batches(self.paths, steps, self.batch_size, on_error=skip):
+            yield batch.pixels
+
+
+def _verified(
+    bundle: Bundle, args: argparse.Namespace, images: _Images, **more: Any
+) -> Verification:
     with ExitStack() as stack:
         reference = stack.enter_context(open_reference(bundle, args))
-        progress = stack.enter_context(Progress(len(paths), "images", "verifying"))
-
-        def skip(failure: Failure) -> None:
-            failures.append(failure)
-            progress.leave_out(failure.message)
-
-        prepared = batches(paths, bundle.manifest.preprocessing, args.batch_size, on_error=skip)
+        progress = stack.enter_context(Progress(len(images.paths), "images", "verifying"))
         found = verify(
             bundle,
-            (batch.pixels for batch in prepared),
+            images.batches(bundle, progress),
             reference,
             args.engine,
             EngineOptions(args.threads, precision=args.precision),
             on_batch=progress.advance,
+            **more,
         )
     if not found.images:
-        raise InputError(f"none of the {len(paths)} images could be read (named above)")
-    print(json.dumps(found.to_json(), allow_nan=False) if args.json else "\n".join(lines(found)))
-    sys.stdout.flush()
-    found.gate()
-    if failures and args.strict:
-        raise InputError(f"{len(failures)} of {len(paths)} images could not be read (named above)")
-    return 0
+        raise InputError(f"none of the {len(images.paths)} images could be read (named above)")
+    return found
+
+
+def _side_by_side(
+    bundle: Bundle, other: Bundle, args: argparse.Namespace, images: _Images
+) -> tuple[tuple[Side, Side], list[Agreement]]:
+    """Both verified, and how well what they give agrees."""
+    agreement = AgreementMeter(bundle.manifest.tokens)
+    options = EngineOptions(args.threads, precision=args.precision)
+    with Engines(other, args.engine, options) as engines:
+
+        def compare(pixels: NDArray[np.float32], outputs: Any) -> None:
+            agreement.update(outputs, engines["model"].run(pixels))
+
+        first = Side(bundle.manifest, _verified(bundle, args, images, on_outputs=compare))
+    second = Side(other.manifest, _verified(other, args, images))
+    return (first, second), agreement.result()
 
 
 def open_reference(bundle: Bundle, args: argparse.Namespace) -> Any:
@@ -144,8 +210,10 @@ def lines(found: Verification) -> Iterator[str]:
         f"{effect.after.median:.4g}"
     )
     share = effect.register_attention[effect.detection_layer]
+    norm = effect.register_norm
+    register = "constants: " if norm is None else f"register: norm {norm:.4g}, "
     yield (
-        f"  register: norm {effect.register_norm:.4g}, {share:.1%} of the attention there; "
+        f"  {register}{share:.1%} of the attention there; "
         f"cosine of {effect.cosine_of} to the baseline: median {effect.cosine_median:.4f}, "
         f"smallest {effect.cosine_smallest:.4f}"
     )

@@ -51,9 +51,22 @@ def bundle_facts(manifest: Manifest, neurons: Neurons) -> Iterator[tuple[str, Co
         f"value {options.value}; cls {options.cls}; patches {options.patches}; "
         f"{counted(options.registers, 'register')}; scale {numbers(options.scale)}",
     )
+    yield "Variant", _variant(manifest)
     yield (
         "Written by",
         clean(", ".join(f"{k} {v}" for k, v in manifest.versions.items()) or "unknown"),
+    )
+
+
+def _variant(manifest: Manifest) -> str:
+    made = manifest.constants
+    if made is None:
+        return "token: a test-time register runs through the network"
+    return (
+        "kv: the neurons are zero in the weights; "
+        f"{counted(manifest.sites.attention, 'attention')} "
+        f"from layer {made.first_layer} on see the register's mean key and value over "
+        f"{counted(made.images, 'image')}"
     )
 
 

@@ -18,6 +18,7 @@ from regraft.report.wording import (
     looked_at,
     percent,
     short,
+    stand_in,
     tick_percent,
 )
 
@@ -41,14 +42,14 @@ def histogram(found: Measurement) -> Markup:
         Axis(scale, f"L2 norm at the output of layer {layer} (logarithmic)", scale.ticks(), short),
         Axis(heights, "Tokens per bin (logarithmic)", _powers_of_ten(most), short),
     )
-    series = (
+    series = [
         Series("patches before", "before area", "area"),
         Series("patches after", "after"),
         Series("test-time register", "register dashed"),
-    )
+    ][: 3 if register.size else 2]
     drawn = plot.draw(
         "Histogram of token norms before and after the patch",
-        *(plot.steps(s, list(edges), c.tolist()) for s, c in zip(series, counts, strict=True)),
+        *(plot.steps(s, list(edges), c.tolist()) for s, c in zip(series, counts, strict=False)),
         plot.mark(threshold, f"threshold {short(threshold)}"),
     )
     caption = (
@@ -78,13 +79,14 @@ def profile(found: Measurement) -> Markup:
         "norm_median_before": Series("median before", "before dashed"),
         "norm_median_after": Series("median after", "after dashed"),
     }
+    lines = {key: series for key, series in lines.items() if key in rows[0]}
+    register = "; the register's is the median over images" if "norm_register" in lines else ""
     drawn = _by_layer(found, plot, "Token norms by layer", lines, short)
     return _figure(
         "Norms over depth",
         drawn,
         legend([*lines.values(), _TOUCHED]),
-        "At the output of each layer, over all patches of all images; the register's is the median "
-        "over images.",
+        f"At the output of each layer, over all patches of all images{register}.",
     )
 
 
@@ -99,7 +101,9 @@ def attention(found: Measurement) -> Markup:
         Axis(heights, f"Share of the {what}", heights.ticks(0.15), tick_percent),
     )
     lines = {
-        "attention_register": Series("on the register, after", "register", "dots"),
+        "attention_register": Series(
+            f"on the {stand_in(found.manifest.variant)}, after", "register", "dots"
+        ),
         "attention_outliers": Series("on the outlier tokens, before", "before dashed", "dots"),
     }
     drawn = _by_layer(found, plot, f"Share of the {what} by layer", lines, percent)
@@ -167,7 +171,7 @@ def outputs(found: Measurement) -> Markup:
 
 
 def layer_figures(found: Measurement) -> list[dict[str, float]]:
-    """The numbers behind the two charts over depth, by layer."""
+    """The numbers behind the two charts over depth, by layer; ``norm_register`` if there is one."""
     before = found.before.norms[:, :, found.patches]
     after = found.after.norms[:, :, found.patches]
     registers = found.after.norms[:, :, found.registers]
@@ -178,7 +182,7 @@ def layer_figures(found: Measurement) -> list[dict[str, float]]:
             "norm_median_after": float(np.median(after[:, i])),
             "norm_largest_before": float(before[:, i].max()),
             "norm_largest_after": float(after[:, i].max()),
-            "norm_register": float(np.median(registers[:, i])),
+            **({"norm_register": float(np.median(registers[:, i]))} if registers.size else {}),
             "attention_register": found.effect.register_attention[i],
             "attention_outliers": float(on_outliers[i]),
         }

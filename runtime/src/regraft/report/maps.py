@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from regraft.effect import Effect
 from regraft.report.colours import MAGMA, VIRIDIS, ColourScale
 from regraft.report.markup import Markup, clean, el, fragment, png_uri
 from regraft.report.measure import Measurement, State
@@ -20,6 +21,7 @@ from regraft.report.wording import (
     looked_at,
     percent,
     short,
+    stand_in,
     tick_percent,
 )
 
@@ -83,7 +85,7 @@ class _Block:
         effect = sample.effect
         facts = (
             f"{counted(effect.before.outliers, 'outlier token')} → "
-            f"{count(effect.after.outliers)}; register norm {short(effect.register_norm)}; "
+            f"{count(effect.after.outliers)}; {self._register(effect)}"
             f"output cosine {cosine(effect.cosine_median)}"
         )
         return el(
@@ -97,6 +99,10 @@ class _Block:
             el("p", class_="readout"),
             class_="sample",
         )
+
+    def _register(self, effect: Effect) -> str:
+        norm = effect.register_norm
+        return "" if norm is None else f"register norm {short(norm)}; "
 
     def _picture(self) -> Markup:
         image = el(
@@ -120,7 +126,10 @@ class _Block:
             other = ("outliers", float(values[self._outliers(when)].sum()))
         else:
             effect = self.found.samples[self.i].effect
-            other = ("register", effect.register_attention[effect.detection_layer])
+            other = (
+                stand_in(self.found.manifest.variant),
+                effect.register_attention[effect.detection_layer],
+            )
         note = _note(("patches", percent(float(values.sum()))), (other[0], percent(other[1])))
         what = looked_at(self.found.manifest.tokens.class_token)
         image = _map(self.scales.attention, values, "attention", when, note)

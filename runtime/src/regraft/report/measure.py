@@ -50,7 +50,7 @@ class State:
     Attributes:
         norms: float32 (N, layers, T), T = P + patches, and + R where there are registers.
         attention: float32 (N, layers, T), of CLS to every token, mean over heads; without a class
-            token, of the patches on average.
+            token, of the patches on average. In the variant kv + R, for the constants.
     """
 
     norms: NDArray[np.float32]
@@ -215,8 +215,15 @@ def _expect_finite(graph: str, outputs: _Outputs, names: Sequence[str]) -> None:
 def _state(outputs: _Outputs, depth: int) -> State:
     return State(
         norms=np.stack([outputs[f"norms.{i}"] for i in range(depth)], axis=1),
-        attention=np.stack([outputs[f"attentions.{i}"].mean(axis=1) for i in range(depth)], axis=1),
+        attention=_stacked([outputs[f"attentions.{i}"].mean(axis=1) for i in range(depth)]),
     )
+
+
+def _stacked(shares: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """(N, layers, T): in the variant kv the first layers lack the constants' column."""
+    widest = max(share.shape[1] for share in shares)
+    padded = [np.pad(share, ((0, 0), (0, widest - share.shape[1]))) for share in shares]
+    return np.stack(padded, axis=1)
 
 
 def _joined(states: Sequence[State]) -> State:

@@ -31,6 +31,7 @@ from regraft.report.wording import (
     over_median,
     percent,
     short,
+    stand_in,
 )
 
 _SECTIONS = {
@@ -40,6 +41,12 @@ _SECTIONS = {
     "parity": "Parity",
     "bundle": "Bundle",
     "reproduce": "How to reproduce",
+}
+_ASIDE = {
+    "token": "The register is not a patch and not on the maps; its norm and its share of the "
+    "attention stand beside them.",
+    "kv": "The constants that stand in for a register are no token and not on the maps; their "
+    "share of the attention stands beside them.",
 }
 
 
@@ -135,9 +142,11 @@ def _key_figures(found: Measurement) -> Iterator[Markup]:
         f"smallest {cosine(effect.cosine_smallest)}",
     )
     yield _key_figure(
-        f"{what[0].upper()}{what[1:]} on the register",
+        f"{what[0].upper()}{what[1:]} on the {stand_in(found.manifest.variant)}",
         percent(effect.register_attention[layer]),
-        f"in layer {layer}; register norm {short(effect.register_norm)}",
+        f"in layer {layer}"
+        if effect.register_norm is None
+        else f"in layer {layer}; register norm {short(effect.register_norm)}",
     )
 
 
@@ -164,8 +173,8 @@ def _image_by_image(found: Measurement, scales: MapScales) -> Markup:
         el(
             "p",
             "Every image has the same two colour scales, before and after. Outlined patches are "
-            "outlier tokens in that state (in the picture: before). The register is not a patch "
-            "and not on the maps; its norm and its share of the attention stand beside them.",
+            "outlier tokens in that state (in the picture: before). "
+            + _ASIDE[found.manifest.variant],
             el("span", " Point at a patch to read its numbers.", class_="hint", hidden=""),
         ),
         el(

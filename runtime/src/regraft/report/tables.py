@@ -14,7 +14,7 @@ from regraft.neurons import Neurons
 from regraft.report.figures import layer_figures
 from regraft.report.markup import Content, Markup, clean, el, fragment
 from regraft.report.measure import Measurement
-from regraft.report.wording import DASH, cosine, count, counted, percent, short
+from regraft.report.wording import DASH, cosine, count, counted, percent, short, stand_in
 
 _CONDITIONS = {
     "random_neurons": "control: as many random neurons, redirected",
@@ -189,7 +189,8 @@ def _limits(limits: Any) -> list[Content]:
 def by_layer(found: Measurement) -> Markup:
     """The numbers behind the charts over depth."""
     head = ("Layer", "Median norm, before", "after", "Largest norm, before", "after")
-    shares = ("Register norm", "Attention on register", "on outlier tokens, before")
+    variant = found.manifest.variant
+    shares = ("Register norm", f"Attention on {stand_in(variant)}", "on outlier tokens, before")
     neurons = set(found.manifest.layers)
     rows = [
         [
@@ -198,7 +199,7 @@ def by_layer(found: Measurement) -> Markup:
             short(row["norm_median_after"]),
             short(row["norm_largest_before"]),
             short(row["norm_largest_after"]),
-            short(row["norm_register"]),
+            short(row["norm_register"]) if "norm_register" in row else DASH,
             percent(row["attention_register"]),
             percent(row["attention_outliers"]),
         ]

@@ -57,6 +57,11 @@ def looked_at(class_token: bool) -> str:
     return "CLS attention" if class_token else "mean attention of the patches"
 
 
+def stand_in(variant: str) -> str:
+    """What receives the attention that outlier tokens received."""
+    return "register" if variant == "token" else "constants"
+
+
 def over_median(norms: Norms) -> float:
     """Largest patch norm over the median; 0 where every norm is 0."""
     return norms.largest / norms.median if norms.median else 0.0
