@@ -9,6 +9,7 @@ retrying of what a lost node had in work.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections.abc import Generator, Iterator, Sequence
@@ -35,6 +36,8 @@ _ON_GPU = ("ort-cuda", "tensorrt")
 # fit on a node of one core, the threads of both share the cores, and Ray does not fuse two steps
 # that book differently.
 _DECODING_CPUS, _LESS = 0.5, 0.1
+# No telemetry; and of Ray's own diagnostics only what is fatal, the rest is in its log files.
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,6 @@ class RayCrew:
         opening = replace(opening, bundle=str(Path(opening.bundle).absolute()))
         own = not ray.is_initialized()
         if own:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             ray.init(log_to_driver=False, logging_level="error")
         try:
             yield cls._plan(ray, opening, actors)
@@ -118,6 +120,7 @@ class RayCrew:
 
         context = DataContext.get_current()
         context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         cpus, gpus = self.booked
         manifest = record(Path(self.opening.bundle) / NAME).sha256
         source = from_arrow([pa.table({"task": [pickle.dumps(task)]}) for task in tasks])
@@ -136,7 +139,6 @@ class RayCrew:
             compute=ActorPoolStrategy(size=self.actors),
             num_cpus=cpus,
             num_gpus=gpus,
-            scheduling_strategy="SPREAD",
         )
 
 
@@ -233,6 +235,8 @@ def _batches(
 
 
 def _ray() -> Any:
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)  # read when Ray is imported
     try:
         import ray
         import ray.data

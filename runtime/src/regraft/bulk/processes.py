@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import wait
 from typing import Any, NoReturn
 
@@ -97,6 +97,7 @@ def _no_interrupt() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    resource_tracker.ensure_running()  # otherwise the first start does it, and unblocks
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -121,6 +122,7 @@ def _hear(pipe: Any, workers: dict[Any, Any]) -> tuple[Any, ...]:
 
 def _work(pipe: Any, opening: Opening) -> None:
     """What a worker process does, from its start to its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave)
     watcher = _Teller(pipe)
     with suppress(BrokenPipeError, EOFError, ConnectionResetError):  # the parent is gone
