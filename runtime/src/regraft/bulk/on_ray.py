@@ -36,8 +36,6 @@ _ON_GPU = ("ort-cuda", "tensorrt")
 # fit on a node of one core, the threads of both share the cores, and Ray does not fuse two steps
 # that book differently.
 _DECODING_CPUS, _LESS = 0.5, 0.1
-# No telemetry; and of Ray's own diagnostics only what is fatal, the rest is in its log files.
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 
 
 @dataclass(frozen=True)
@@ -235,8 +233,7 @@ def _batches(
 
 
 def _ray() -> Any:
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)  # read when Ray is imported
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     try:
         import ray
         import ray.data
