@@ -130,20 +130,17 @@ def _outputs(manifest: Manifest) -> Sequence[Message]:
 
 def _batching(serving: Serving) -> Message:
     # Triton's own queue has no limit, and grows until memory ends.
-    policy = {
+    policy: Message = {
         "max_queue_size": serving.max_queue,
         "timeout_action": Word("REJECT"),
         "default_timeout_microseconds": serving.timeout_ms * 1000,
         "allow_timeout_override": True,
     }
-    delay = {"max_queue_delay_microseconds": serving.delay_us} if serving.delay_us else {}
+    delay: Message = {"max_queue_delay_microseconds": serving.delay_us} if serving.delay_us else {}
     return {**delay, "default_queue_policy": policy}
 
 
 def _warmup(manifest: Manifest, batch_size: int) -> Message:
-    tensor = {"data_type": _FP32, "dims": [3, *manifest.image_size], "zero_data": True}
-    return {
-        "name": f"batch of {batch_size}",
-        "batch_size": batch_size,
-        "inputs": [{"key": INPUT, "value": tensor}],
-    }
+    tensor: Message = {"data_type": _FP32, "dims": [3, *manifest.image_size], "zero_data": True}
+    inputs: Sequence[Message] = [{"key": INPUT, "value": tensor}]
+    return {"name": f"batch of {batch_size}", "batch_size": batch_size, "inputs": inputs}
