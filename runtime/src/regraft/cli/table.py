@@ -37,7 +37,7 @@ RUNTIME = {
     "bench": "latency and throughput, baseline and patched",
     "report": "pictures before and after, as one HTML file",
     "inspect": "what is in a bundle, in words",
-    "serve": "inference server, Open Inference Protocol over HTTP and gRPC",
+    "serve": "inference server, Open Inference Protocol over HTTP",
 }
 
 # Their modules belong to regraft-export; the words are here, so that a runtime alone can say what

@@ -1,4 +1,4 @@
-"""Serves bundles over the Open Inference Protocol (KServe v2, Triton's clients), HTTP and gRPC.
+"""Serves bundles over the Open Inference Protocol (KServe v2, Triton's clients), over HTTP.
 
 Every NAME is served twice: as NAME, which takes preprocessed pixel_values (FP32), and as
 NAME_images, which takes images: encoded files (BYTES [N, 1]) or raw RGB (UINT8 [N, H, W, 3]). NAME

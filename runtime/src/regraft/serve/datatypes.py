@@ -34,6 +34,7 @@ NUMBERS = {
 }
 NAMES = (*NUMBERS, "BF16", BYTES)
 _LENGTH = struct.Struct("<I")
+_MAX_ELEMENTS = 1 << 16  # far beyond any batch; an empty element takes 4 bytes, and 40 in memory
 
 
 def count(shape: Sequence[int]) -> int:
@@ -80,6 +81,10 @@ def split_bytes(name: str, raw: memoryview, elements: int) -> list[bytes]:
     Raises:
         Refusal: there are more or fewer, or the last one is cut short.
     """
+    if elements > _MAX_ELEMENTS:
+        raise invalid(
+            f"input '{name}' has {elements} elements; expected at most {_MAX_ELEMENTS}"
+        )
     found: list[bytes] = []
     at = 0
     while at < len(raw):

@@ -215,11 +215,11 @@ class Application:
         headers = request.headers
         async with self._bodies.read(request.receive, headers) as body:
             request.received = len(body)
-            limit = self._service.settings.limits.body
+            limits = self._service.settings.limits
 
             def decode() -> InferRequest:
-                whole = inflate(body, headers.get("content-encoding", ""), limit)
-                parsed = parse(whole, headers.get(HEADER_LENGTH))
+                whole = inflate(body, headers.get("content-encoding", ""), limits.body)
+                parsed = parse(whole, headers.get(HEADER_LENGTH), limits.json)
                 Binary(parsed)  # what cannot be answered is not begun
                 return parsed
 
@@ -240,13 +240,14 @@ def _to_reply(request: InferRequest, response: InferResponse) -> Reply:
 async def _unless_gone(work: asyncio.Future[Reply], receive: Receive) -> Reply:
     """The result of ``work``, which is cancelled when the client goes away."""
     gone = asyncio.ensure_future(until_gone(receive))
+    both: set[asyncio.Future[Any]] = {work, gone}
     try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             raise ClientGone
         return work.result()
     finally:
-        for task in (work, gone):
+        for task in both:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await task

@@ -38,7 +38,10 @@ class Bodies:
         """
         self._refuse_announced(headers)
         parts: list[bytes] = []
-        size = 0
+        # A compressed body counts from the start as what it may become.
+        encoded = headers.get("content-encoding", "identity") != "identity"
+        size, reserved = 0, self._limits.body if encoded else 0
+        self._held += reserved
         try:
             async with asyncio.timeout(self._limits.body_seconds):
                 async for part in _parts(receive):
@@ -55,7 +58,7 @@ class Bodies:
                 f"the body did not arrive within {self._limits.body_seconds:g} seconds",
             ) from None
         finally:
-            self._held -= size
+            self._held -= size + reserved
 
     def _refuse_announced(self, headers: Mapping[str, str]) -> None:
         text = headers.get("content-length", "0")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import signal
 import socket
 import sys
@@ -72,7 +73,7 @@ async def _serve(
         access_log=False,
         server_header=False,
         loop="none",
-        timeout_graceful_shutdown=int(settings.drain_timeout) or None,
+        timeout_graceful_shutdown=max(1, math.ceil(settings.drain_timeout)),
     )
     server = _Uvicorn(config)
     http = asyncio.create_task(server.serve([listener]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -103,5 +102,3 @@ def _expect_finite(name: str, pixels: Floats) -> None:
             f"input '{name}': NaN or Inf in image {', '.join(map(str, which))}, counted from 0"
         )
 
-
-Job = Callable[[], None]

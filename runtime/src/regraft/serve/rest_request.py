@@ -19,19 +19,20 @@ from numpy.typing import NDArray
 from regraft.serve import datatypes
 from regraft.serve.datatypes import BYTES, NUMBERS
 from regraft.serve.messages import InferRequest, InputTensor, OutputRequest, Parameter
-from regraft.serve.refusals import Refusal, invalid
+from regraft.serve.refusals import Kind, Refusal, invalid
 
 _MAX_DIMS = 16
 _MAX_SIZE = (1 << 63) - 1
 _SHOWN = 80  # characters of a client's value that a message repeats
 
 
-def parse(body: bytes, header_length: str | None) -> InferRequest:
+def parse(body: bytes, header_length: str | None, max_json: int = 16 << 20) -> InferRequest:
     """Parses a request.
 
     Args:
         body: the whole body, decompressed.
         header_length: the header ``Inference-Header-Content-Length``; None without.
+        max_json: bytes of JSON, which takes twenty times as much memory once parsed.
 
     Raises:
         Refusal: it is malformed; the message says where.
@@ -39,6 +40,10 @@ def parse(body: bytes, header_length: str | None) -> InferRequest:
     end = _json_length(body, header_length)
     if header_length is not None and end == 0:
         return InferRequest(raw=body)
+    if end > max_json:
+        raise Refusal(
+            Kind.TOO_LARGE, f"the JSON is larger than {max_json} bytes; send tensors as binary"
+        )
     document = _expect(_load(body[:end]), dict, "the request")
     binary = _Binary(memoryview(body)[end:])
     if "inputs" not in document:

@@ -15,6 +15,7 @@ class Limits:
 
     Attributes:
         body: bytes of one request, also after decompression.
+        json: bytes of its JSON, which takes twenty times as much memory once parsed.
         bodies: bytes of all requests that are being read or answered; more are told to come back.
         body_seconds: how long a client may take to send a request.
         header_seconds: how long a connection may stay without a whole request header.
@@ -22,6 +23,7 @@ class Limits:
     """
 
     body: int = 64 * MIB
+    json: int = 16 * MIB
     bodies: int = 512 * MIB
     body_seconds: float = 60.0
     header_seconds: float = 20.0
@@ -61,7 +63,6 @@ class Settings:
     Attributes:
         host: address to listen on.
         port: of HTTP; 0 takes a free one.
-        grpc_port: of gRPC; None for HTTP alone, 0 takes a free one.
         key: what clients must present; None lets everybody in.
         model_control: whether clients may load and unload models.
         log_requests: one JSON line a request on stdout.
@@ -72,7 +73,6 @@ class Settings:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    grpc_port: int | None = None
     key: str | None = field(default=None, repr=False)
     model_control: bool = False
     log_requests: bool = False
