@@ -181,9 +181,9 @@ def test_sigterm_unwinds(regraft: Regraft, monkeypatch: pytest.MonkeyPatch, tmp_
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(20)
 """
-    add_command(monkeypatch, tmp_path, "serve", body)
+    add_command(monkeypatch, tmp_path, "linger", body)
     before = signal.getsignal(signal.SIGTERM)
-    assert regraft("serve")[0] == 143
+    assert regraft("linger")[0] == 143
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
     assert signal.getsignal(signal.SIGTERM) is before
 

@@ -10,6 +10,7 @@ retrying of what a lost node had in work.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
 from collections.abc import Generator, Iterator, Sequence
@@ -32,10 +33,10 @@ from regraft.preprocessing import Preprocessing
 from regraft.rows import in_order
 
 _ON_GPU = ("ort-cuda", "tensorrt")
-# An engine's actor books somewhat less than half of its node, a decoding task half a core: both
-# fit on a node of one core, the threads of both share the cores, and Ray does not fuse two steps
-# that book differently.
-_DECODING_CPUS, _LESS = 0.5, 0.1
+# An engine's actor books more than half of a node, so that no two share one; a decoding task books
+# less than the rest of a node of one core. The threads of both share the cores. Ray fuses steps that
+# book the same, hence the little less.
+_ENGINE_SHARE, _DECODING_CPUS, _LESS = 0.6, 0.4, 0.001
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,12 @@ class RayCrew:
         on_gpu = opening.engine in _ON_GPU
         if on_gpu and not gpus:
             raise InputError(f"--ray: {opening.engine} needs a GPU, and the cluster has none")
-        booked = (0.0, 1.0) if on_gpu else (min(cpus) / 2 - _LESS, 0.0)
         actors = actors or (gpus if on_gpu else len(cpus))
+        if on_gpu and actors > gpus:
+            raise InputError(f"--processes is {actors}, and the cluster has {gpus} GPUs")
+        per_node = math.ceil(actors / len(cpus))
+        share = _ENGINE_SHARE * min(cpus) / per_node - _LESS
+        booked = (0.0, 1.0) if on_gpu else (share, 0.0)
         return cls(opening, actors, max(actors, int(sum(cpus))), booked)
 
     def __call__(self, tasks: Sequence[Task], watcher: Watcher) -> None:
