@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regraft import feature_files
+from regraft import feature_files, parquet_files
 from regraft.errors import InputError, OutputExistsError
 from regraft.feature_files import feature_file
+from regraft.rows import Rows
 
 SHAPES = {"cls": (6,), "patches": (2, 3, 6), "hidden.4": (7, 6)}
 
@@ -25,6 +26,10 @@ def batch(size: int, seed: int) -> dict[str, np.ndarray]:
     }
 
 
+def rows(arrays: dict[str, np.ndarray], paths: list[str]) -> Rows:
+    return Rows(tuple(paths), (None,) * len(paths), arrays)
+
+
 def write(path: Path, sizes: list[int], **options) -> tuple[dict[str, np.ndarray], list[str]]:
     """Writes batches of these sizes; returns what the file must hold."""
     batches = [batch(size, seed) for seed, size in enumerate(sizes)]
@@ -32,7 +37,7 @@ def write(path: Path, sizes: list[int], **options) -> tuple[dict[str, np.ndarray
     with feature_file(path, **options) as writer:
         for i, arrays in enumerate(batches):
             start = sum(sizes[:i])
-            writer.append(arrays, paths[start : start + sizes[i]])
+            writer.append(rows(arrays, paths[start : start + sizes[i]]))
     return {name: np.concatenate([b[name] for b in batches]) for name in SHAPES}, paths
 
 
@@ -45,7 +50,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     table = pq.read_table(path)
     arrays = {}
     for field in table.schema:
-        if field.name != "paths":
+        if field.name not in ("paths", "error"):
             shape = json.loads(field.metadata[b"shape"])
             flat = table[field.name].combine_chunks().flatten().to_numpy()
             arrays[field.name] = flat.reshape(-1, *shape)
@@ -81,7 +86,7 @@ def test_every_file_name_comes_back(
 ) -> None:
     target = tmp_path_factory.mktemp("names") / f"features{suffix}"
     with feature_file(target) as writer:
-        writer.append(batch(len(names), 0), names)
+        writer.append(rows(batch(len(names), 0), names))
     assert read(target)[1] == names
 
 
@@ -89,7 +94,7 @@ def test_every_file_name_comes_back(
 def test_a_file_name_that_is_no_utf8_is_kept_or_escaped(tmp_path: Path, suffix: str) -> None:
     target = tmp_path / f"features{suffix}"
     with feature_file(target) as writer:
-        writer.append(batch(1, 0), ["caf\udce9.jpg"])
+        writer.append(rows(batch(1, 0), ["caf\udce9.jpg"]))
     assert read(target)[1] == ["caf\udce9.jpg" if suffix == ".npz" else r"caf\udce9.jpg"]
 
 
@@ -97,15 +102,15 @@ def test_a_file_name_that_is_no_utf8_is_kept_or_escaped(tmp_path: Path, suffix: 
 def test_memory_does_not_grow_with_the_images(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature_files, "_ROW_GROUP_BYTES", 1 << 20)
+    monkeypatch.setattr(parquet_files, "_ROW_GROUP_BYTES", 1 << 20)
     monkeypatch.setattr(feature_files, "_COPY_BYTES", 1 << 18)
-    rows = np.ones((4, 1 << 16), np.float32)  # 1 MiB
+    values = np.ones((4, 1 << 16), np.float32)  # 1 MiB
     with feature_file(tmp_path / f"few{suffix}") as writer:  # imports what is imported lazily
-        writer.append({"cls": rows}, ["a"] * 4)
+        writer.append(rows({"cls": values}, ["a"] * 4))
     tracemalloc.start()
     with feature_file(tmp_path / f"many{suffix}") as writer:
         for _ in range(40):
-            writer.append({"cls": rows}, ["a"] * 4)
+            writer.append(rows({"cls": values}, ["a"] * 4))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert (tmp_path / f"many{suffix}").stat().st_size > 40 << 20
@@ -135,7 +140,7 @@ def test_an_interrupt_leaves_the_old_file(tmp_path: Path, suffix: str) -> None:
 
 def write_and_stop(target: Path) -> None:
     with feature_file(target, force=True) as writer:
-        writer.append(batch(3, 9), ["a", "b", "c"])
+        writer.append(rows(batch(3, 9), ["a", "b", "c"]))
         raise KeyboardInterrupt
 
 
@@ -159,23 +164,23 @@ def test_no_rows_is_no_file(tmp_path: Path, suffix: str) -> None:
 def test_a_value_beyond_float16_is_refused(tmp_path: Path) -> None:
     big = {"cls": np.full((1, 4), 70000, np.float32)}
     with feature_file(tmp_path / "f.npz") as writer:
-        writer.append(big, ["a"])
+        writer.append(rows(big, ["a"]))
     with feature_file(tmp_path / "g.npz", "float16") as writer:
         with pytest.raises(InputError) as caught:
-            writer.append(big, ["a"])
+            writer.append(rows(big, ["a"]))
         assert str(caught.value) == (
             "cls holds 70000, and float16 ends at 65504; use --dtype float32"
         )
-        writer.append(batch(1, 0), ["a"])
+        writer.append(rows(batch(1, 0), ["a"]))
 
 
 def test_a_batch_of_other_arrays_is_a_bug(tmp_path: Path) -> None:
     with feature_file(tmp_path / "f.npz") as writer:
-        writer.append(batch(2, 0), ["a", "b"])
+        writer.append(rows(batch(2, 0), ["a", "b"]))
         with pytest.raises(ValueError, match="a batch of other arrays"):
-            writer.append({"cls": np.zeros((2, 6), np.float32)}, ["c", "d"])
+            writer.append(rows({"cls": np.zeros((2, 6), np.float32)}, ["c", "d"]))
         with pytest.raises(ValueError, match="a batch of other arrays"):
-            writer.append(batch(2, 0), ["c"])
+            writer.append(rows(batch(2, 0), ["c"]))
 
 
 def test_other_suffixes_are_refused(tmp_path: Path) -> None:

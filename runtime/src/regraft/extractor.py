@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -37,6 +45,7 @@ class Extractor:
     Attributes:
         bundle: what it serves.
         engine: name of the engine in use, which with ``auto`` was chosen at opening.
+        precision: fp32, fp16 or bf16: of the engine's arithmetic.
         fields: the fields of :class:`Features` that it fills.
         batch_size: images per run of the engine.
     """
@@ -63,6 +72,7 @@ class Extractor:
         available = available_fields(bundle.manifest.outputs, layout)
         self.bundle = bundle
         self.engine = engine.name
+        self.precision = engine.precision
         self.fields = available if outputs is None else tuple(dict.fromkeys(outputs))
         self.batch_size = batch_size or BATCH_SIZE
         self._names = choose_outputs(self.fields, bundle.manifest.outputs, layout)
@@ -178,7 +188,28 @@ class Extractor:
             on_error=on_error,
             draft=self._draft,
         )
-        return self._stream(batches, names)
+        return self.stream_batches(batches, names)
+
+    def stream_batches(
+        self, batches: Generator[Batch, None, None], names: MutableMapping[int, str]
+    ) -> Iterator[Features]:
+        """The features of batches that were prepared elsewhere, in order.
+
+        Args:
+            batches: preprocessed images; closed at the end, however it comes.
+            names: how messages call the images, by index; entries that are done with are removed.
+
+        Raises:
+            EngineError: the engine failed, or the features hold NaN or Inf.
+        """
+        try:
+            for batch in batches:
+                features = self._run(batch.pixels, batch.indices, names)
+                for index in [i for i in names if i <= batch.indices[-1]]:
+                    del names[index]
+                yield features
+        finally:
+            batches.close()
 
     def run(self, pixels: NDArray[np.float32]) -> Features:
         """The features of one batch of preprocessed images, in one run of the engine.
@@ -206,16 +237,6 @@ class Extractor:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _stream(self, batches: Iterator[Batch], names: dict[int, str]) -> Iterator[Features]:
-        try:
-            for batch in batches:
-                features = self._run(batch.pixels, batch.indices, names)
-                for index in [i for i in names if i <= batch.indices[-1]]:
-                    del names[index]
-                yield features
-        finally:
-            batches.close()  # type: ignore[attr-defined] # a generator, which stops its threads
 
     def _stream_pixels(self, pixels: NDArray[np.float32]) -> Iterator[Features]:
         for start in range(0, _count(pixels), self.batch_size):

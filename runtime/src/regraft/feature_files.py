@@ -2,32 +2,32 @@
 
 Rows are appended batch by batch, so memory does not grow with the number of images; the file
 appears once it is whole. Both forms hold the arrays of :meth:`regraft.features.Features.arrays`
-under those names, and ``paths``, which says which row is which image.
+under those names, and ``paths``, which says which row is which image. An image that cannot be read
+has a row in ``.parquet`` alone, with the reason in ``error``.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from regraft.errors import InputError, how_to_install
+from regraft.errors import InputError
 from regraft.features import Floats
 from regraft.files import scratch_folder, whole_file
+from regraft.parquet_files import PATHS, ParquetFile, require_pyarrow
+from regraft.rows import Rows
 
 DType = Literal["float32", "float16"]
 DTYPES: tuple[str, ...] = get_args(DType)
 SUFFIXES = (".npz", ".parquet")
-PATHS = "paths"
-_ROW_GROUP_BYTES = 1 << 25  # batches of small features are joined; thousands of groups read slowly
 _COPY_BYTES = 1 << 22  # of one read while temporary files become the npz
 
 
@@ -35,7 +35,7 @@ class FeatureWriter(ABC):
     """Appends batches of rows. Every batch has the same arrays with the same row shapes.
 
     Attributes:
-        rows: how many were appended.
+        rows: how many with features were appended.
         shapes: array name -> shape of one row; empty before the first batch.
     """
 
@@ -44,27 +44,26 @@ class FeatureWriter(ABC):
         self.rows = 0
         self.shapes: dict[str, tuple[int, ...]] = {}
 
-    def append(self, arrays: Mapping[str, Floats], paths: Sequence[str]) -> None:
-        """Appends B rows.
-
-        Args:
-            arrays: name -> (B, ...), float32.
-            paths: the image of each row, B of them.
+    def append(self, rows: Rows) -> None:
+        """Appends rows.
 
         Raises:
             InputError: a value does not fit the file's dtype.
         """
-        shapes = {name: array.shape[1:] for name, array in arrays.items()}
-        if not self.rows:
-            self.shapes = shapes
-        if shapes != self.shapes or any(len(a) != len(paths) for a in arrays.values()):
+        good = rows.errors.count(None)
+        shapes = {name: array.shape[1:] for name, array in rows.arrays.items()}
+        others = good and self.shapes and shapes != self.shapes
+        if others or any(len(array) != good for array in rows.arrays.values()):
             raise ValueError(f"a batch of other arrays: {shapes} after {self.shapes}")
-        self._append({name: self._cast(name, a) for name, a in arrays.items()}, list(paths))
-        self.rows += len(paths)
+        arrays = {name: self._cast(name, array) for name, array in rows.arrays.items()}
+        if good:
+            self.shapes = shapes
+        self._append(rows, arrays)
+        self.rows += good
 
     @abstractmethod
-    def _append(self, arrays: Mapping[str, NDArray[Any]], paths: list[str]) -> None:
-        """Writes rows that are already cast."""
+    def _append(self, rows: Rows, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Writes rows; the arrays are theirs, cast."""
 
     @abstractmethod
     def finish(self) -> None:
@@ -123,7 +122,7 @@ def check_suffix(path: str | Path) -> str:
     if suffix not in SUFFIXES:
         raise InputError(f"{path}: ends in {suffix!r}; expected {' or '.join(SUFFIXES)}")
     if suffix == ".parquet":
-        _pyarrow()
+        require_pyarrow()
     return suffix
 
 
@@ -140,12 +139,14 @@ class NpzWriter(FeatureWriter):
         self._paths: list[str] = []
         self._open: dict[str, BinaryIO] = {}
 
-    def _append(self, arrays: Mapping[str, NDArray[Any]], paths: list[str]) -> None:
+    def _append(self, rows: Rows, arrays: Mapping[str, NDArray[Any]]) -> None:
         for name, array in arrays.items():
             if name not in self._open:
                 self._open[name] = (self._scratch / name).open("wb")
             self._open[name].write(array.data)
-        self._paths += paths
+        self._paths += [
+            path for path, error in zip(rows.paths, rows.errors, strict=True) if error is None
+        ]
 
     def finish(self) -> None:
         """Copies the scratch files into one archive, each removed once copied."""
@@ -169,60 +170,45 @@ class NpzWriter(FeatureWriter):
 
 
 class ParquetWriter(FeatureWriter):
-    """Writes ``.parquet``: one row per image, each array a fixed-size list in row-major order.
+    """Writes ``.parquet``, as :mod:`regraft.parquet_files` says; images without features too."""
 
-    The shape of one row is JSON in the metadata of its column, ``shape``.
-    """
+    def __init__(
+        self,
+        file: Path,
+        dtype: DType,
+        about: Mapping[str, str] | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        """Starts a file.
 
-    def __init__(self, file: Path, dtype: DType) -> None:
+        Args:
+            file: where to write.
+            dtype: of the features.
+            about: metadata of the file.
+            shapes: array name -> shape of one row; None takes them from the first batch.
+        """
         super().__init__(dtype)
-        # Opened here rather than by pyarrow, so that a full disk is an OSError with its number.
-        self._file = file.open("wb")
-        self._writer: Any = None
-        self._waiting: list[Any] = []
-        self._waiting_bytes = 0
+        self._path, self._about = file, about
+        self._file: ParquetFile | None = None
+        if shapes is not None:
+            self.shapes = dict(shapes)
+            self._file = ParquetFile(file, dtype, self.shapes, about)
 
-    def _append(self, arrays: Mapping[str, NDArray[Any]], paths: list[str]) -> None:
-        pa, pq = _pyarrow()
-        columns = {PATHS: pa.array([_utf8(path) for path in paths], pa.string())}
-        fields = [pa.field(PATHS, pa.string(), nullable=False)]
-        for name, array in arrays.items():
-            # A copy where the batch is a view of larger arrays is already made by the cast.
-            lists = pa.FixedSizeListArray.from_arrays(array.reshape(-1), array[0].size)
-            shape = json.dumps(list(array.shape[1:]))
-            fields.append(pa.field(name, lists.type, nullable=False, metadata={"shape": shape}))
-            columns[name] = lists
-        batch = pa.table(list(columns.values()), schema=pa.schema(fields))
-        if self._writer is None:
-            # Neither compression nor dictionaries shrink floats; both cost time.
-            self._writer = pq.ParquetWriter(
-                self._file, batch.schema, compression="none", use_dictionary=False
-            )
-        self._waiting.append(batch)
-        self._waiting_bytes += batch.nbytes
-        if self._waiting_bytes >= _ROW_GROUP_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        pa, _ = _pyarrow()
-        if self._waiting:
-            self._writer.write_table(pa.concat_tables(self._waiting))
-        self._waiting, self._waiting_bytes = [], 0
+    def _append(self, rows: Rows, arrays: Mapping[str, NDArray[Any]]) -> None:
+        if self._file is None:
+            self._file = ParquetFile(self._path, self._dtype.name, self.shapes, self._about)
+        self._file.append(rows, arrays)
 
     def finish(self) -> None:
         """Writes the last row group and the footer."""
-        self._flush()
-        self._writer.close()
+        if self._file is None:
+            raise ValueError("nothing was appended, and the shapes are not known")
+        self._file.finish()
 
     def close(self) -> None:
         """Closes the file."""
-        if self._writer is not None and self._writer.is_open:
-            # Not finished: an error is on its way, and pyarrow, left open, would add its own when
-            # it is collected.
-            with suppress(Exception):
-                self._writer.close()
-            self._writer.is_open = False
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 @contextmanager
@@ -239,20 +225,3 @@ def _member(
         }
         np.lib.format.write_array_header_1_0(target, header)
         yield target
-
-
-def _utf8(path: str) -> str:
-    # File names are bytes to Linux; those that are no UTF-8 have no other way into Parquet.
-    return path.encode("utf-8", "backslashreplace").decode()
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise InputError(
-            ".parquet needs pyarrow, which is not installed; write .npz, or "
-            f"{how_to_install('regraft-runtime', 'parquet')}"
-        ) from None
-    return pa, pq

@@ -117,7 +117,7 @@ def whole_folder(path: str | Path, marker: str, force: bool = False) -> Iterator
             for file in hidden.rglob("*"):
                 _sync(file)
             check_output(path, force, marker=marker)
-            _swap(hidden, target)
+            swap_folders(hidden, target)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
 
@@ -131,6 +131,41 @@ def scratch_folder(beside: Path) -> Iterator[Path]:
         yield hidden
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def swap_folders(new: Path, target: Path) -> None:
+    """Renames a folder to ``target``; what stood there is removed once that is done.
+
+    Raises:
+        InputError: other processes put theirs there all the time.
+    """
+    for _ in range(_RIVALS):
+        try:
+            _swap_once(new, target)
+            return
+        except OSError as error:
+            # Another process put its own there, or took the old one away, between look and rename.
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST) or not new.exists():
+                raise
+    raise InputError(f"{target}: other processes write to it all the time; choose another place")
+
+
+def _swap_once(new: Path, target: Path) -> None:
+    if not target.exists():
+        new.rename(target)
+        return
+    old = _hidden(target)
+    try:
+        target.rename(old)
+        new.rename(target)
+    except BaseException:
+        # An interrupt may come before, between or after; only between has to be undone.
+        if not target.exists():
+            old.rename(target)
+        raise
+    finally:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _expect_kind(path: str | Path, target: Path, marker: str | None) -> None:
@@ -161,36 +196,6 @@ def _sync(file: Path) -> None:
     if file.is_file() and not file.is_symlink():
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
-
-
-def _swap(new: Path, target: Path) -> None:
-    for _ in range(_RIVALS):
-        try:
-            _swap_once(new, target)
-            return
-        except OSError as error:
-            # Another process put its own there, or took the old one away, between look and rename.
-            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST) or not new.exists():
-                raise
-    raise InputError(f"{target}: other processes write to it all the time; choose another place")
-
-
-def _swap_once(new: Path, target: Path) -> None:
-    if not target.exists():
-        new.rename(target)
-        return
-    old = _hidden(target)
-    try:
-        target.rename(old)
-        new.rename(target)
-    except BaseException:
-        # An interrupt may come before, between or after; only between has to be undone.
-        if not target.exists():
-            old.rename(target)
-        raise
-    finally:
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

@@ -95,7 +95,17 @@ class Preprocessing:
         Returns:
             ``pixel_values`` of one image: float32 (3, H, W); ``out`` if it was given.
         """
-        pixels = np.asarray(self.view(image))
+        return self.normalise(np.asarray(self.view(image)), out)
+
+    def normalise(
+        self, pixels: NDArray[np.uint8], out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """The second half of the preprocessing: what :meth:`view` gave, as the model's input.
+
+        Args:
+            pixels: uint8 (H, W, 3), RGB, of ``image_size``.
+            out: as in :meth:`__call__`.
+        """
         if out is None:
             out = np.empty((3, *self.image_size), np.float32)
         for channel in range(3):

@@ -37,7 +37,12 @@ class Progress:
         self._total, self._unit, self._label = total, unit, label
         self._stream = sys.stderr if stream is None else stream
         self._watched = self._stream.isatty()
-        self._done, self._started, self._drawn = 0, time.monotonic(), 0.0
+        self._done, self._skipped, self._started, self._drawn = 0, 0, time.monotonic(), 0.0
+
+    def skip(self, count: int) -> None:
+        """Counts ``count`` as done before the clock started."""
+        self._done += count
+        self._skipped += count
 
     def advance(self, count: int = 1) -> None:
         """Counts ``count`` more as done."""
@@ -76,7 +81,7 @@ class Progress:
         self._stream.flush()
 
     def _text(self, seconds: float) -> str:
-        rate = self._done / seconds if seconds > 0 else 0.0
+        rate = (self._done - self._skipped) / seconds if seconds > 0 else 0.0
         parts = [self._label] if self._label else []
         if self._total:
             filled = round(_WIDTH * min(1.0, self._done / self._total))

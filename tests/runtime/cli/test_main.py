@@ -184,10 +184,10 @@ def test_sigterm_unwinds(
         os.kill(os.getpid(), signal.{name})
         time.sleep(20)
 """
-    add_command(monkeypatch, tmp_path, "serve", body)
+    add_command(monkeypatch, tmp_path, "linger", body)
     number = getattr(signal, name)
     before = signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored
-    assert regraft("serve")[0] == 128 + number
+    assert regraft("linger")[0] == 128 + number
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
     assert signal.signal(number, before) is signal.SIG_DFL
 

@@ -74,7 +74,7 @@ def test_outputs_dtype_and_summary(
     import pyarrow.parquet as pq
 
     table = pq.read_table(out)
-    assert table.column_names == ["paths", "cls", "pooled"]
+    assert table.column_names == ["paths", "cls", "pooled", "error"]
     assert table["paths"].to_pylist() == [str(p) for p in (*photos[3:6], photos[0])]
 
 
@@ -227,9 +227,16 @@ def test_bad_words_are_one_line(
         ),
         ([*standard, "--out", "features.csv"], "features.csv: ends in '.csv'; expected .npz or"),
         ([*standard, "--out", "/sys/f.npz"], "/sys/f.npz: cannot be written (Permission denied); "),
-        ([*standard, "--out", "/dev/null"], "/dev/null: ends in ''; expected .npz or .parquet"),
+        ([*standard, "--out", "/dev/null"], "/dev/null: is a device or a pipe; expected"),
         ([*standard, "--out", tmp_path / "no/f.npz"], "does not exist; create it first"),
-        ([*standard, "--out", tmp_path / "empty"], "empty: ends in ''; expected .npz or .parquet"),
+        (
+            [*standard, "--out", tmp_path / "empty"],
+            "empty: exists already; give --force to replace",
+        ),
+        ([*standard, "--out", f"{tmp_path}/no/f/"], "no/f/: the folder"),
+        ([*standard, "--processes", 2], "--processes needs a folder to write to, and --out"),
+        ([*standard, "--shard-size", 2], "--shard-size needs a folder to write to, and --out"),
+        ([*standard, "--ray"], "--ray needs a folder to write to, and --out"),
     ]:
         given = ["--out", out] if "--out" not in words else []
         code, said, err = regraft("extract", *words, *given)

@@ -33,10 +33,12 @@ class Command:
 RUNTIME = {
     "verify": "parity and effect again, on any images and engine",
     "build": "builds, verifies and caches an engine for this machine",
-    "extract": "features of many images, into .npz or .parquet",
+    "extract": "features of many images, into a file or a folder",
     "bench": "latency and throughput, baseline and patched",
     "report": "pictures before and after, as one HTML file",
     "inspect": "what is in a bundle, in words",
+    "serve": "inference server, Open Inference Protocol over HTTP",
+    "triton": "a model repository for the Triton Inference Server",
 }
 
 # Their modules belong to regraft-export; the words are here, so that a runtime alone can say what

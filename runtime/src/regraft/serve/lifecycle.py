@@ -1,0 +1,154 @@
+"""Starting a server, and ending it so that every accepted request is answered.
+
+The listeners open first (alive, not ready), then the models load. On SIGTERM or SIGINT readiness
+goes at once, so that balancers send their requests elsewhere; after the drain delay the listeners
+close; what was accepted is answered; the process ends with 0. A second signal does not wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import uvicorn
+
+from regraft.errors import InputError
+from regraft.serve.http_app import Application
+from regraft.serve.http_protocol import protocol
+from regraft.serve.repository import Repository
+from regraft.serve.request_log import RequestLog
+from regraft.serve.service import Service
+from regraft.serve.settings import Settings
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves the signals to :func:`serve`; uvicorn would end by the signal, not with 0."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def run(arguments: Sequence[str], settings: Settings) -> None:
+    """Serves until a signal ends it.
+
+    Args:
+        arguments: BUNDLE or NAME=BUNDLE each.
+        settings: everything else.
+
+    Raises:
+        InputError: an argument is wrong, or an address cannot be listened on.
+        RegraftError: a bundle or its engine cannot be opened.
+    """
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(_listen(settings.host, settings.port))
+        pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="regraft-decode")
+        stack.callback(pool.shutdown, cancel_futures=True)
+        log = stack.enter_context(RequestLog()) if settings.log_requests else None
+        asyncio.run(_serve(arguments, settings, pool, listener, log))
+
+
+async def _serve(
+    arguments: Sequence[str],
+    settings: Settings,
+    pool: ThreadPoolExecutor,
+    listener: socket.socket,
+    log: RequestLog | None,
+) -> None:
+    stop = _Stop()
+    repository = Repository(arguments, settings, pool)
+    service = Service(repository, settings)
+    config = uvicorn.Config(
+        Application(service, log),
+        http=protocol(settings.limits.header_seconds),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        loop="none",
+        timeout_graceful_shutdown=max(1, math.ceil(settings.drain_timeout)),
+    )
+    server = _Uvicorn(config)
+    http = asyncio.create_task(server.serve([listener]))
+    try:
+        loading = asyncio.create_task(repository.load_all())
+        await _first(loading, stop.wait(), http)
+        if loading.done():
+            loading.result()
+            _announce(repository, listener)
+            await _first(stop.wait(), http)
+        else:
+            loading.cancel()
+        service.draining = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.again(), settings.drain_delay)
+    finally:
+        service.draining = True
+        server.should_exit = True
+        forced = asyncio.create_task(stop.again())
+        await _first(asyncio.shield(http), forced)
+        server.force_exit = True
+        forced.cancel()
+        await http
+        await repository.close()
+
+
+class _Stop:
+    """Counts the signals that ask the server to end."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._changed = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # Ctrl-C that somebody switched off (nohup, a shell's background job) stays off.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, self._signal)
+
+    async def wait(self) -> None:
+        """Returns at the first signal."""
+        while self._count < 1:
+            await self._changed.wait()
+
+    async def again(self) -> None:
+        """Returns at the second one."""
+        while self._count < 2:
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _signal(self) -> None:
+        self._count += 1
+        self._changed.set()
+
+
+async def _first(*waits: object) -> None:
+    tasks = [asyncio.ensure_future(wait) for wait in waits]  # type: ignore[call-overload]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        listener = socket.create_server(found[0][4][:2], family=found[0][0], backlog=2048)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(
+            f"cannot listen on {host}:{port} ({reason}); choose others with --host and --port"
+        ) from None
+    return listener
+
+
+def _announce(repository: Repository, listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    names = ", ".join(
+        f"{name} ({model.version}, {model.engine.name})" for name, model in repository.loaded()
+    )
+    print(f"regraft: serving {names} on http://{shown}:{port}", file=sys.stderr, flush=True)

@@ -1,0 +1,99 @@
+"""Start and end of a server: signals, the drain, and what does not start at all."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.support.server import Server, serving, tensor
+
+SIZE = 16
+Regraft = Callable[..., tuple[int, str, str]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_it_with_0(pristine_bundle: Path, number: signal.Signals) -> None:
+    with serving(pristine_bundle, "--drain-delay", 0) as server:
+        assert server.stop(number) == 0
+        time.sleep(0.1)
+        assert not server.lines
+
+
+def _clients(server: Server, count: int) -> tuple[list[threading.Thread], list[str]]:
+    """Clients, each request on a new connection; outcomes until nobody listens any more."""
+    body = json.dumps({"inputs": [tensor(np.zeros((1, 3, SIZE, SIZE), np.float32))]})
+    outcomes: list[str] = []
+
+    def client() -> None:
+        while True:
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+            try:
+                connection.connect()
+            except OSError:
+                return
+            try:
+                connection.request("POST", "/v2/models/small/infer", body)
+                outcomes.append(str(connection.getresponse().status))
+            except (OSError, http.client.HTTPException) as error:
+                outcomes.append(type(error).__name__)
+            finally:
+                connection.close()
+
+    threads = [threading.Thread(target=client) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads, outcomes
+
+
+def test_a_drain_answers_everything(pristine_bundle: Path) -> None:
+    with serving(f"small={pristine_bundle}", "--drain-delay", 1) as server:
+        threads, outcomes = _clients(server, 8)
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert server.ask("GET", "/v2/health/live").status == 200
+        ready = server.ask("GET", "/v2/health/ready")
+        assert (ready.status, ready.headers["connection"]) == (503, "close")
+        for thread in threads:
+            thread.join(30)
+        assert server.process.wait(30) == 0
+    assert len(outcomes) > 20
+    assert set(outcomes) == {"200"}
+
+
+def test_log_lines(pristine_bundle: Path) -> None:
+    with serving(f"small={pristine_bundle}", "--log-requests", "--drain-delay", 0) as server:
+        server.infer("small", {"inputs": [tensor(np.zeros((1, 3, SIZE, SIZE), np.float32))]})
+        server.infer("small", "{")
+        assert server.stop() == 0
+        assert server.process.stdout is not None
+        lines = [json.loads(line) for line in server.process.stdout]
+    assert [(line["status"], line["model"]) for line in lines] == [(200, "small"), (400, "small")]
+    assert lines[0]["images"] == 1
+    assert "failed to parse" in lines[1]["error"]
+
+
+def test_what_does_not_start(regraft: Regraft, pristine_bundle: Path, tmp_path: Path) -> None:
+    cases = [
+        ((tmp_path,), "is not a bundle"),
+        ((f"a b={pristine_bundle}",), "cannot name a model"),
+        ((f"x={pristine_bundle}", f"x_images={pristine_bundle}"), "collide"),
+        ((pristine_bundle, "--key-file", tmp_path / "no"), "expected a file with a key"),
+        ((pristine_bundle, "--max-queue", 1), "expected at least --max-batch"),
+    ]
+    for words, message in cases:
+        code, _, err = regraft("serve", *words, "--port", "0")
+        assert (code, message in err) == (1, True), err
+        assert len(err.splitlines()) == 1
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, err = regraft("serve", pristine_bundle, "--port", port)
+    assert (code, "cannot listen on 127.0.0.1" in err) == (1, True)

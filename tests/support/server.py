@@ -1,0 +1,145 @@
+"""`regraft serve` in a process of its own, and requests to it with the standard library alone."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PATIENCE = 60.0
+
+
+@dataclass
+class Reply:
+    """An HTTP answer; ``arrays`` are its outputs, JSON or binary."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def document(self) -> Any:
+        head = self.headers.get("inference-header-content-length")
+        return json.loads(self.body if head is None else self.body[: int(head)])
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        at = int(self.headers.get("inference-header-content-length", 0))
+        found = {}
+        for output in self.document["outputs"]:
+            dtype = {"FP32": "<f4", "FP16": "<f2"}[output["datatype"]]
+            if "data" in output:
+                array = np.array(output["data"], dtype)
+            else:
+                size = output["parameters"]["binary_data_size"]
+                array = np.frombuffer(self.body[at : at + size], dtype)
+                at += size
+            found[output["name"]] = array.reshape(output["shape"])
+        if "inference-header-content-length" in self.headers:
+            assert at == len(self.body)
+        return found
+
+
+class Server:
+    """A running server."""
+
+    def __init__(self, process: subprocess.Popen[str], port: int) -> None:
+        self.process = process
+        self.port = port
+        self.lines: list[str] = []
+        threading.Thread(target=self._collect, daemon=True).start()
+
+    def _collect(self) -> None:
+        assert self.process.stderr is not None
+        self.lines += self.process.stderr
+
+    def ask(
+        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> Reply:
+        """One request on a connection of its own; a dict or list is sent as JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        try:
+            data = json.dumps(body) if isinstance(body, dict | list) else body
+            connection.request(method, path, data, dict(headers or {}))
+            answer = connection.getresponse()
+            named = {name.lower(): value for name, value in answer.getheaders()}
+            return Reply(answer.status, named, answer.read())
+        finally:
+            connection.close()
+
+    def infer(self, model: str, body: Any, **headers: str) -> Reply:
+        """An inference request."""
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        return self.ask("POST", f"/v2/models/{model}/infer", body, names)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Ends it; returns the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+
+@contextmanager
+def serving(*words: object) -> Iterator[Server]:
+    """A server on a free port, ready."""
+    command = [sys.executable, "-m", "regraft", "serve", *map(str, words), "--port", "0"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        port = re.search(r"on http://[^ ]*:(\d+)$", line.strip())
+        assert port, line + process.stderr.read()
+        yield Server(process, int(port[1]))
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait(PATIENCE)
+        process.stdout.close()  # type: ignore[union-attr]
+
+
+def tensor(pixels: np.ndarray, name: str = "pixel_values") -> dict[str, Any]:
+    """An input as JSON."""
+    return {
+        "name": name,
+        "shape": list(pixels.shape),
+        "datatype": "FP32",
+        "data": pixels.ravel().tolist(),
+    }
+
+
+def binary_request(
+    name: str, datatype: str, shape: tuple[int, ...], raw: bytes, **more: Any
+) -> tuple[bytes, dict[str, str]]:
+    """Body and headers of a request with one binary input and binary outputs."""
+    document = {
+        "inputs": [
+            {
+                "name": name,
+                "shape": list(shape),
+                "datatype": datatype,
+                "parameters": {"binary_data_size": len(raw)},
+            }
+        ],
+        "parameters": {"binary_data_output": True},
+        **more,
+    }
+    head = json.dumps(document).encode()
+    return head + raw, {"Inference_Header_Content_Length": str(len(head))}
+
+
+def strings(*elements: bytes) -> bytes:
+    """A BYTES tensor."""
+    return b"".join(struct.pack("<I", len(e)) + e for e in elements)
