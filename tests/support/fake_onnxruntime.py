@@ -118,10 +118,16 @@ class Module(ModuleType):
             print("Failed to load libcublasLt.so.13: cannot open shared object file")
 
     def _open(
-        self, path: str, settings: Any, providers: list[Any], enable_fallback: int = 1
+        self,
+        path: str,
+        settings: Any,
+        providers: list[Any],
+        enable_fallback: int = 1,
+        **more: Any,
     ) -> Any:
         if not isinstance(providers[0], tuple):
-            return real.InferenceSession(path, settings, providers=providers)
+            return real.InferenceSession(path, settings, providers=providers, **more)
+        assert not more
         assert enable_fallback == 0
         assert [name for name, _ in providers] == [CUDA]
         session = Session(self, path, settings, providers[0][1])
