@@ -240,8 +240,14 @@ LOST = {
 @pytest.mark.parametrize(
     ("rewrite", "message"),
     [
-        ("append_register", "has 0 token, 2 redirect and 2 output sites; expected 1, 2 and 2"),
-        ("redirect_neurons", "has 1 token, 0 redirect and 2 output sites; expected 1, 2 and 2"),
+        (
+            "append_register",
+            "has 0 token, 2 redirect, 2 output and 0 attention sites; expected 1, 2, 2 and 0",
+        ),
+        (
+            "redirect_neurons",
+            "has 1 token, 0 redirect, 2 output and 0 attention sites; expected 1, 2, 2 and 0",
+        ),
     ],
 )
 def test_a_lost_rewrite_is_an_error(
@@ -269,8 +275,8 @@ def test_a_cut_that_nothing_reads_is_an_error(
     with pytest.raises(RewriteError) as caught:
         build(traced("timm"), patch, Wanted(layers=(1,)))
     assert str(caught.value) == (
-        "the patched graph has 1 token, 2 redirect and 2 output sites; expected 1, 2 and 3: a "
-        "rewrite was lost"
+        "the patched graph has 1 token, 2 redirect, 2 output and 0 attention sites; expected 1, "
+        "2, 3 and 0: a rewrite was lost"
     )
 
 
