@@ -82,9 +82,7 @@ def split_bytes(name: str, raw: memoryview, elements: int) -> list[bytes]:
         Refusal: there are more or fewer, or the last one is cut short.
     """
     if elements > _MAX_ELEMENTS:
-        raise invalid(
-            f"input '{name}' has {elements} elements; expected at most {_MAX_ELEMENTS}"
-        )
+        raise invalid(f"input '{name}' has {elements} elements; expected at most {_MAX_ELEMENTS}")
     found: list[bytes] = []
     at = 0
     while at < len(raw):

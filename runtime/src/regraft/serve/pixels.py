@@ -101,4 +101,3 @@ def _expect_finite(name: str, pixels: Floats) -> None:
         raise invalid(
             f"input '{name}': NaN or Inf in image {', '.join(map(str, which))}, counted from 0"
         )
-

@@ -234,7 +234,9 @@ def _parameters(entry: Mapping[str, Any], where: str) -> dict[str, Parameter]:
 def _shape(sizes: list[Any], where: str) -> tuple[int, ...]:
     wrong = len(sizes) > _MAX_DIMS or not all(type(n) is int and n >= 0 for n in sizes)
     if wrong or datatypes.count(sizes) > _MAX_SIZE:
-        raise invalid(f"{where}: shape is {_show(sizes)}; expected at most {_MAX_DIMS} sizes from 0")
+        raise invalid(
+            f"{where}: shape is {_show(sizes)}; expected at most {_MAX_DIMS} sizes from 0"
+        )
     return tuple(sizes)
 
 

@@ -152,9 +152,7 @@ class Service:
             call.id = request.id
             answer, checked_ns, images = await self._run(model, name, request, call)
             computed = time.perf_counter_ns()
-            response = InferResponse(
-                name, model.version, request.id, _as_asked(answer, request)
-            )
+            response = InferResponse(name, model.version, request.id, _as_asked(answer, request))
             encoded = await self._in_thread(lambda: encode(request, response))
         ended = time.perf_counter_ns()
         timing = Timing(
