@@ -67,12 +67,7 @@ async def busy(engine: Engine, batcher: Batcher) -> asyncio.Task[Answer]:
 def test_waiting_requests_share_a_run_in_order_and_get_their_own_rows() -> None:
     async def test(engine: Engine, batcher: Batcher) -> None:
         first = await busy(engine, batcher)
-        rest = [
-            submit(batcher, 1, 2),
-            submit(batcher, 3),
-            submit(batcher, 4, 5),
-            submit(batcher, 6),
-        ]
+        rest = [submit(batcher, *values) for values in ((1, 2), (3,), (4, 5), (6,))]
         await asyncio.sleep(0.05)
         assert batcher.waiting("m") == 4
         engine.go.set()

@@ -1,4 +1,4 @@
-"""The HTTP side, as a client sees it: right answers, and one clear answer to every wrong request."""
+"""The HTTP side as a client sees it: right answers, one clear answer to each wrong request."""
 
 from __future__ import annotations
 

@@ -69,6 +69,19 @@ def test_a_drain_answers_everything(pristine_bundle: Path) -> None:
     assert set(outcomes) == {"200"}
 
 
+def test_a_connection_made_before_the_end_may_still_ask(pristine_bundle: Path) -> None:
+    with serving(f"small={pristine_bundle}", "--drain-delay", 0) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        connection.connect()
+        assert server.ask("GET", "/v2").status == 200  # so the one above was accepted as well
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.25)  # uvicorn looks every 0.1 s whether it is to end
+        connection.request("GET", "/v2")
+        assert connection.getresponse().status == 200
+        connection.close()
+        assert server.process.wait(30) == 0
+
+
 def test_log_lines(pristine_bundle: Path) -> None:
     with serving(f"small={pristine_bundle}", "--log-requests", "--drain-delay", 0) as server:
         server.infer("small", {"inputs": [tensor(np.zeros((1, 3, SIZE, SIZE), np.float32))]})

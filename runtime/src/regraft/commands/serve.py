@@ -2,8 +2,8 @@
 
 Every NAME is served twice: as NAME, which takes preprocessed pixel_values (FP32), and as
 NAME_images, which takes images: encoded files (BYTES [N, 1]) or raw RGB (UINT8 [N, H, W, 3]). NAME
-is the folder's name unless it is given. The same NAME again is its next version, from 1; a folder of
-bundles with numbers for names is all its versions.
+is the folder's name unless it is given. The same NAME again is its next version, from 1; a folder
+of bundles with numbers for names is all its versions.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "bundles", metavar="[NAME=]BUNDLE", nargs="+", help="folder that `regraft export` wrote"
     )
     parser.add_argument(
-        "--host",
-        default=os.environ.get("REGRAFT_HOST", "127.0.0.1"),
-        help="address to listen on (default: REGRAFT_HOST, else 127.0.0.1)",
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
     )
     parser.add_argument(
         "--port", type=_port, default=8000, help="of HTTP; 0 takes a free one (default: 8000)"
@@ -36,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--key-file",
         metavar="FILE",
-        help=f"holds the key that clients must "
-        f"present, as Authorization: Bearer KEY; or {KEY_VARIABLE} in the environment (default: none)",
+        help="holds the key that clients must present, as Authorization: Bearer KEY; or "
+        f"{KEY_VARIABLE} in the environment (default: none)",
     )
     parser.add_argument(
         "--model-control", action="store_true", help="let clients load and unload models"
@@ -163,8 +161,9 @@ def _key(file: str | None) -> str | None:
         try:
             key = Path(file).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not text"
             raise InputError(
-                f"{file}: cannot be read ({error}); expected a file with a key"
+                f"{file}: cannot be read ({reason}); expected a file with a key"
             ) from None
     key = key.strip()
     if not key or not key.isascii() or not key.isprintable() or " " in key:

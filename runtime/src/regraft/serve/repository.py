@@ -149,11 +149,13 @@ class Repository:
 
     def index(self, only_ready: bool) -> list[dict[str, str]]:
         """The repository index."""
-        rows = []
+        rows: list[dict[str, str]] = []
         for name, entry in self._entries.items():
             for public in (name, name + SUFFIX):
-                for version in sorted(entry.models, key=int):
-                    rows.append({"name": public, "version": version, "state": "READY"})
+                rows += [
+                    {"name": public, "version": version, "state": "READY"}
+                    for version in sorted(entry.models, key=int)
+                ]
                 if not entry.models and not only_ready:
                     rows.append({"name": public, "state": "UNAVAILABLE", "reason": entry.reason})
         return rows
