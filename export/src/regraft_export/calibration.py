@@ -26,7 +26,7 @@ from regraft_export.register_constants import RegisterConstants
 from regraft_export.vit.constant_keys import Call, attention_changed
 from regraft_export.vit.hooks import redirected, register_replaced
 from regraft_export.vit.observe import observe
-from regraft_export.vit.structure import VisionTransformer
+from regraft_export.vit.parts import VisionTransformer
 
 MEASURED_IMAGES = 8
 LEFT_OUT = 0.05

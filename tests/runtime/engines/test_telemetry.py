@@ -18,7 +18,7 @@ from regraft.engines import engine_class
 
 kind = engine_class(sys.argv[1])
 assert kind.unavailable("fp32") is None
-if kind.needs_build:
+if kind.is_built:
     kind.environment()
 print(sys.argv[1].replace("ort-cpu", "onnxruntime") in sys.modules)
 """

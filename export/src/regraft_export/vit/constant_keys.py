@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from regraft.errors import ModelError
-from regraft_export.vit.structure import VisionTransformer
+from regraft_export.vit.parts import VisionTransformer
 
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 # The positional parameters of multi_head_attention_forward.
