@@ -81,7 +81,7 @@ def test_the_model_says_shapes_queue_and_warm_up(repository: Path) -> None:
         'output {\n  name: "last_hidden_state"\n  data_type: TYPE_FP32\n  dims: [17, 8]\n}\n',
         "instance_group {\n  kind: KIND_CPU\n  count: 1\n}\n",
         "  default_queue_policy {\n    max_queue_size: 256\n    timeout_action: REJECT\n",
-        "model_warmup {\n  name: \"batch of 32\"\n  batch_size: 32\n",
+        'model_warmup {\n  name: "batch of 32"\n  batch_size: 32\n',
     ):
         assert part in config
     ensemble = (repository / "vit_images" / "config.pbtxt").read_text()
@@ -150,9 +150,7 @@ def test_the_preprocessing_is_the_extractors(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "triton_python_backend_utils", Backend)
     model = TritonPythonModel()
-    model.initialize(
-        {"model_repository": str(repository / "vit_preprocess"), "model_version": "1"}
-    )
+    model.initialize({"model_repository": str(repository / "vit_preprocess"), "model_version": "1"})
     images = np.array([[photo.read_bytes()] for photo in photos], object)
     bad = np.array([[photos[0].read_bytes()], [b"no image"]], object)
     good, (none, error) = model.execute([{"image": images}, {"image": bad}])

@@ -34,8 +34,8 @@ from regraft.rows import in_order
 
 _ON_GPU = ("ort-cuda", "tensorrt")
 # An engine's actor books more than half of a node, so that no two share one; a decoding task books
-# less than the rest of a node of one core. The threads of both share the cores. Ray fuses steps that
-# book the same, hence the little less.
+# less than the rest of a node of one core. The threads of both share the cores. Ray fuses steps
+# that book the same, hence the little less.
 _ENGINE_SHARE, _DECODING_CPUS, _LESS = 0.6, 0.4, 0.001
 
 

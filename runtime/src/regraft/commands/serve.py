@@ -33,8 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port", type=_port, default=8000, help="of HTTP; 0 takes a free one (default: 8000)"
     )
-    parser.add_argument("--key-file", metavar="FILE", help=f"holds the key that clients must "
-        f"present, as Authorization: Bearer KEY; or {KEY_VARIABLE} in the environment (default: none)")
+    parser.add_argument(
+        "--key-file",
+        metavar="FILE",
+        help=f"holds the key that clients must "
+        f"present, as Authorization: Bearer KEY; or {KEY_VARIABLE} in the environment (default: none)",
+    )
     parser.add_argument(
         "--model-control", action="store_true", help="let clients load and unload models"
     )
@@ -144,9 +148,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         drain_timeout=args.drain_timeout,
         workers=args.workers,
         engine=EngineChoice(args.engine, args.threads, args.precision),
-        batching=Batching(
-            args.max_batch, args.max_delay / 1e3, args.max_queue, args.queue_timeout
-        ),
+        batching=Batching(args.max_batch, args.max_delay / 1e3, args.max_queue, args.queue_timeout),
         limits=Limits(body=args.max_body * MIB, pixels=args.max_pixels),
     )
 
@@ -161,7 +163,9 @@ def _key(file: str | None) -> str | None:
         try:
             key = Path(file).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise InputError(f"{file}: cannot be read ({error}); expected a file with a key") from None
+            raise InputError(
+                f"{file}: cannot be read ({error}); expected a file with a key"
+            ) from None
     key = key.strip()
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise InputError(f"{origin}: holds no key; expected printable ASCII without spaces")
