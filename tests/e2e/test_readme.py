@@ -52,11 +52,12 @@ def test_every_command_of_readme_runs_and_its_code_too(
     run = [line for line in commands() if CARD not in line and not line.startswith(SERVES)]
     names = [line.split()[1] for line in run]
     first = ["find", "export", "report", "extract", "patch", "patch"]
-    assert names == [*first, "build", "extract", "export", "verify"]
+    then = ["build", "extract", "export", "verify", "extract", "extract", "triton"]
+    assert names == [*first, *then]
     for line in run:
         assert MODEL in line or " bundle " in line or FOREIGN in line
         words = line.replace(MODEL, SHIPPED).replace(FOREIGN, "bundle/baseline.onnx")
-        code = main(shlex.split(words)[1:])
+        code = main(shlex.split(words, comments=True)[1:])
         assert code == 0, f"{line}: {capsys.readouterr().err}"
     (code_block,) = blocks("python")
     names = {"cat.jpg": "photos/00.png", "dog.jpg": "photos/01.png"}

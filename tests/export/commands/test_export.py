@@ -460,6 +460,7 @@ def test_a_process_of_its_own_fails_in_one_line(photos: Path, tmp_path: Path) ->
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        f"regraft: {tmp_path / 'none.json'}: cannot be read (No such file or directory)\n"
+        f"regraft: {tmp_path / 'none.json'}: cannot be read (No such file or "
+        "directory); expected the file that `regraft find` wrote\n"
     )
     assert nothing_left(tmp_path)
