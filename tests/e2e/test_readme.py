@@ -55,7 +55,7 @@ def test_every_command_of_readme_runs_and_its_code_too(
     run = [line for line in commands() if CARD not in line and not line.startswith(SERVES)]
     names = [line.split()[1] for line in run]
     first = ["find", "export", "report", "extract", "patch", "patch"]
-    then = ["build", "extract", "export", "verify", "extract", "extract", "triton"]
+    then = ["build", "extract", "export", "verify", "extract", "triton"]
     assert names == [*first, *then]
     for line in run:
         assert MODEL in line or " bundle " in line or FOREIGN in line

@@ -1,0 +1,179 @@
+"""The repository in a real Triton server: the one inside the nvidia-pytriton wheel.
+
+That server has the Python backend alone, so the network itself is stood in for by a Python model of
+the same configuration that runs onnxruntime; preprocessing and ensemble are as `regraft triton`
+writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.support import bundles, environments, pictures
+
+from regraft import Extractor
+from regraft.cli.main import main
+
+pytestmark = pytest.mark.slow
+
+# Debian's Python: the backend is linked against its libpython.
+PYTHON = "/usr/bin/python3"
+PACKAGES = (
+    "nvidia-pytriton==0.7.0",
+    "tritonclient[http,grpc]==2.73.0",
+    "numpy<2",
+    "pillow==13.0.0",
+)
+HTTP, GRPC, METRICS = 18100, 18101, 18102
+STAND_IN = """
+import numpy as np
+import onnxruntime
+import triton_python_backend_utils as backend
+from pathlib import Path
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        folder = Path(args["model_repository"], args["model_version"])
+        self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+        self.names = [output.name for output in self.session.get_outputs()]
+
+    def execute(self, requests):
+        answers = []
+        for request in requests:
+            pixels = backend.get_input_tensor_by_name(request, "pixel_values").as_numpy()
+            arrays = self.session.run(self.names, {"pixel_values": pixels})
+            tensors = [backend.Tensor(n, a) for n, a in zip(self.names, arrays)]
+            answers.append(backend.InferenceResponse(tensors))
+        return answers
+"""
+CLIENT = """
+import sys
+import numpy as np
+import tritonclient.http as http
+from google.protobuf import text_format
+from pathlib import Path
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+url, repository, out, *files = sys.argv[1:]
+for file in Path(repository).glob("*/config.pbtxt"):
+    config = text_format.Parse(file.read_text(), ModelConfig())
+    assert config.name == file.parent.name
+    assert config.max_batch_size == 32
+client = http.InferenceServerClient(url)
+images = np.array([[Path(file).read_bytes()] for file in files], object)
+image = http.InferInput("image", images.shape, "BYTES")
+image.set_data_from_numpy(images)
+answer = client.infer("vit_images", [image])
+names = [output["name"] for output in client.get_model_metadata("vit_images")["outputs"]]
+np.savez(out, **{name: answer.as_numpy(name) for name in names})
+bad = http.InferInput("image", [1, 1], "BYTES")
+bad.set_data_from_numpy(np.array([[b"no image"]], object))
+try:
+    client.infer("vit_images", [bad])
+except http.InferenceServerException as error:
+    print(error.status(), error.message())
+"""
+
+
+@pytest.fixture(scope="module")
+def python() -> Path:
+    if not Path(PYTHON).exists():
+        pytest.skip(f"{PYTHON} is not installed: apt-get install python3-venv libpython3-dev")
+    return environments.environment("triton", [*PACKAGES, "onnxruntime"], PYTHON)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bundles.exported(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def repository(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("triton") / "repository"
+    assert main(["triton", str(bundle), "--out", str(out), "--name", "vit"]) == 0
+    config = out / "vit" / "config.pbtxt"
+    text = config.read_text()
+    assert text.count('backend: "onnxruntime"') == 1
+    config.write_text(text.replace('backend: "onnxruntime"', 'backend: "python"'))
+    (out / "vit" / "1" / "model.py").write_text(STAND_IN)
+    return out
+
+
+@pytest.fixture(scope="module")
+def server(
+    python: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """Its address, once it is ready."""
+    place = tmp_path_factory.mktemp("server")
+    wheel = next((python.parents[1] / "lib").glob("python3*/site-packages/pytriton/tritonserver"))
+    version = wheel.parents[2].name.removeprefix("python")
+    shutil.copytree(wheel / "backends", place / "backends")
+    stub = wheel / "python_backend_stubs" / version / "triton_python_backend_stub"
+    shutil.copy(stub, place / "backends" / "python")
+    log = (place / "log").open("w+")
+    process = subprocess.Popen(
+        [
+            *(str(wheel / "bin" / "tritonserver"), f"--model-repository={repository}"),
+            *(f"--backend-directory={place / 'backends'}", f"--http-port={HTTP}"),
+            *(f"--grpc-port={GRPC}", f"--metrics-port={METRICS}", "--http-address=127.0.0.1"),
+        ],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environments.variables(
+            PATH=f"{python.parent}:{os.environ['PATH']}",
+            LD_LIBRARY_PATH=str(wheel.parents[1] / "nvidia_pytriton.libs"),
+        ),
+    )
+
+    def said() -> str:
+        log.seek(0)
+        return log.read()[-4000:]
+
+    try:
+        until = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{HTTP}/v2/health/ready", timeout=5)
+                break
+            except OSError:
+                assert process.poll() is None, said()
+                assert time.monotonic() < until, said()
+                time.sleep(0.3)
+        yield f"127.0.0.1:{HTTP}"
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def test_a_client_gets_the_extractors_numbers(
+    server: str, python: Path, repository: Path, bundle: Path, tmp_path: Path
+) -> None:
+    files = sorted(pictures.write(tmp_path / "images", 5).iterdir())
+    done = subprocess.run(
+        [python, "-c", CLIENT, server, repository, tmp_path / "out.npz", *files],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("400 "), done.stdout
+    assert "image 0, counted from 0: is not an image file that Pillow reads" in done.stdout
+    with Extractor.open(bundle) as extractor, np.load(tmp_path / "out.npz") as got:
+        right = extractor.extract(files)
+        prefix = extractor.bundle.manifest.tokens.prefix
+        assert set(got) == set(json.loads((bundle / "manifest.json").read_text())["outputs"])
+    with np.load(tmp_path / "out.npz") as got:
+        assert right.patches is not None
+        flat = right.patches.reshape(5, -1, right.patches.shape[-1])
+        np.testing.assert_allclose(got["last_hidden_state"][:, prefix:], flat, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(got["pooler_output"], right.pooled, rtol=1e-4, atol=1e-4)
