@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from ray.data import DataContext
+
 from regraft.bulk.folder import ShardFolder
 from regraft.bulk.on_ray import RayCrew
 from regraft.bulk.run import job_of
@@ -17,6 +19,8 @@ from regraft.bundle import Bundle
 
 def main() -> None:
     bundle, out, *names = sys.argv[1:]
+    # So little work would be done before the second actor has started.
+    DataContext.get_current().wait_for_min_actors_s = 120
     with RayCrew.connect(Opening(bundle, "auto", threads=1)) as crew:
         job = job_of(Bundle.open(bundle), crew.opening, names, "float32", 2)
         with ShardFolder.open(out, job, names) as folder:
