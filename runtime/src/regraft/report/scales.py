@@ -42,7 +42,8 @@ class Scale:
         """
         clipped = np.clip(np.asarray(values, np.float64), self.lo, self.hi)
         if self.kind == "log":
-            return np.asarray(np.log(clipped / self.lo) / math.log(self.hi / self.lo))
+            share = np.log(clipped / self.lo) / math.log(self.hi / self.lo)
+            return np.asarray(np.clip(share, 0, 1))  # rounding may pass the ends
         return np.asarray((clipped - self.lo) / (self.hi - self.lo))
 
     def ticks(self, gap: float = 0.12) -> list[float]:
@@ -65,7 +66,8 @@ class Scale:
 
     def _multiples(self, step: float) -> list[float]:
         first, last = math.ceil(self.lo / step - 1e-9), math.floor(self.hi / step + 1e-9)
-        return [round(i * step, 12) for i in range(first, last + 1)]
+        digits = 12 - math.floor(math.log10(step))  # as many of a small number as of a large one
+        return [round(i * step, digits) for i in range(first, last + 1)]
 
 
 def log_scale(values: Sequence[float] | NDArray[Any], margin: float = 1.0) -> Scale:
