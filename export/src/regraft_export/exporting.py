@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from regraft import __version__
 from regraft.bundle import NEURONS, VERIFY, Bundle, record
 from regraft.constants import FILE as CONSTANTS
 from regraft.constants import VARIANTS
@@ -28,10 +26,13 @@ from regraft_export.outlier_level import OutlierLevel
 from regraft_export.reference import PyTorchReference
 from regraft_export.sources import LoadedModel
 from regraft_export.trace import trace
+from regraft_export.versions import versions_of
 from regraft_export.vit.structure import VisionTransformer
 from regraft_export.weights_file import WeightsFile
 
 WEIGHTS = "weights.data"
+# The packages that shape a bundle.
+_SHAPING = ("torch", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "numpy")
 FILES = {
     "model": "model.onnx",
     "baseline": "baseline.onnx",
@@ -244,23 +245,12 @@ def _write(
         sites=model.sites,
         graphs=graphs,
         files=files,
-        versions=versions(),
+        versions=versions_of(_SHAPING),
         cuda=fused["model_cuda"].fusions if fused else None,
         cuda_missing=missing,
         constants=None if calibration is None else calibration.about,
     )
     return manifest, model.nodes_added
-
-
-def versions() -> dict[str, str]:
-    """Package -> version, of what shapes a bundle."""
-    found = {"regraft": __version__}
-    for name in ("torch", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _json(data: object) -> str:

@@ -7,13 +7,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from regraft import __version__
 from regraft.errors import InputError
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft.progress import Progress
@@ -23,8 +21,11 @@ from regraft_export.finding.parts import Images, Parts, gathered, split
 from regraft_export.finding.report import Report, make_report
 from regraft_export.finding.score import Score, Scores, gather_norms, score_neurons
 from regraft_export.finding.selection import Selection, select
+from regraft_export.versions import versions_of
 from regraft_export.vit.structure import VisionTransformer
 
+# The packages that compute the figures.
+_COMPUTING = ("torch", "timm", "transformers", "numpy", "pillow")
 _DIGITS = 6  # significant digits of the figures in neurons.json
 
 StartProgress = Callable[[int | None, str, str], Progress]
@@ -204,7 +205,7 @@ def _facts(
             "limit_over_median": selection.limits.norm / selection.median,
         },
         "report": report.to_json(),
-        "versions": versions(),
+        "versions": versions_of(_COMPUTING) | {"torch": torch.__version__},
     }
 
 
@@ -217,17 +218,6 @@ def _fingerprint_of(vit: VisionTransformer, layer: int) -> dict[str, Any]:
 def _image_counts(parts: Parts, used: Mapping[str, int]) -> dict[str, int]:
     given = len(parts.score) + len(parts.select) + len(parts.report)
     return {"given": given, **used, "skipped": given - sum(used.values())}
-
-
-def versions() -> dict[str, str]:
-    """What the figures were made with: package to version, of those that are installed."""
-    found = {"regraft": __version__, "torch": torch.__version__}
-    for name in ("timm", "transformers", "numpy", "pillow"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def rounded(value: Any) -> Any:

@@ -37,6 +37,25 @@ class Card:
         return f"{self.name} (sm_{self.capability}, driver {self.driver})"
 
 
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor's place on the card and its staging area in pinned memory, for the largest batch.
+
+    Attributes:
+        device: address on the card.
+        host: address of the staging area.
+        array: the staging area, (images, ...).
+    """
+
+    device: int
+    host: int
+    array: NDArray[np.float32]
+
+    def bytes(self, images: int) -> int:
+        """How many bytes that many images take."""
+        return int(self.array[0].nbytes) * images
+
+
 class Cuda:
     """A thin layer over ``cuda.bindings.runtime``.
 

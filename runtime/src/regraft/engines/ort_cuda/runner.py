@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regraft.engines.buckets import buckets, pieces
-from regraft.engines.cuda_runtime import Cuda
+from regraft.engines.cuda_runtime import Buffer, Cuda
 from regraft.manifest import INPUT
 
 LARGEST = 64  # images in one run; a larger batch is cut into pieces
@@ -23,22 +23,10 @@ _SKIP = "-1"  # the annotation that neither records nor replays
 
 
 @dataclass(frozen=True)
-class _Buffer:
-    """A tensor's place on the card and its staging area in pinned memory, for one bucket."""
-
-    device: int
-    host: int
-    array: NDArray[np.float32]
-
-    def bytes(self, images: int) -> int:
-        return int(self.array[0].nbytes) * images
-
-
-@dataclass(frozen=True)
 class _Slot:
     """A bucket, ready to run: its addresses never change, as a CUDA graph demands."""
 
-    buffers: Mapping[str, _Buffer]
+    buffers: Mapping[str, Buffer]
     binding: Any
     options: Any
 
@@ -129,13 +117,13 @@ class Runner:
         slot = self._slots[bucket] = _Slot(buffers, binding, options)
         return slot
 
-    def _buffer(self, stack: ExitStack, name: str, bucket: int) -> _Buffer:
+    def _buffer(self, stack: ExitStack, name: str, bucket: int) -> Buffer:
         shape = (bucket, *self._inner[name])
         device = self._cuda.allocate(4 * int(np.prod(shape)))
         stack.callback(self._cuda.release, "cudaFree", device)
         host, array = self._cuda.pinned(shape)
         stack.callback(self._cuda.release, "cudaFreeHost", host)
-        return _Buffer(device, host, array)
+        return Buffer(device, host, array)
 
     def close(self) -> None:
         """Frees everything; the runner cannot be used afterwards. Closing twice is allowed."""

@@ -16,23 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regraft.engines.buckets import buckets, pieces
-from regraft.engines.cuda_runtime import Cuda
+from regraft.engines.cuda_runtime import Buffer, Cuda
 from regraft.errors import EngineError
 from regraft.manifest import INPUT
 
 _log = logging.getLogger("regraft.tensorrt")
-
-
-@dataclass(frozen=True)
-class _Buffer:
-    """A tensor's place on the card and its staging area in pinned memory, for the largest batch."""
-
-    device: int
-    host: int
-    array: NDArray[np.float32]
-
-    def bytes(self, batch: int) -> int:
-        return int(self.array[0].nbytes) * batch
 
 
 @dataclass(frozen=True)
@@ -85,12 +73,12 @@ class Runner:
         stack.callback(self._cuda.release, "cudaFree", address)
         return address
 
-    def _buffer(self, stack: ExitStack, name: str, batch: int) -> _Buffer:
+    def _buffer(self, stack: ExitStack, name: str, batch: int) -> Buffer:
         shape = (batch, *self.inner[name])
         device = self._allocate(stack, 4 * int(np.prod(shape)))
         host, array = self._cuda.pinned(shape)
         stack.callback(self._cuda.release, "cudaFreeHost", host)
-        return _Buffer(device, host, array)
+        return Buffer(device, host, array)
 
     def run(self, pixels: NDArray[np.float32], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
         """Runs a batch of any size.
