@@ -49,9 +49,10 @@ def _redirect(
     editor: Editor, down: DownProjection, indices: list[int], layout: TokenLayout
 ) -> None:
     h, hidden = down.activation, down.weight.shape[0]
-    mask = np.ones(hidden, dtype=np.float32)
+    dtype = down.weight.dtype
+    mask = np.ones(hidden, dtype)
     mask[indices] = 0
-    place = np.zeros((len(indices), hidden), dtype=np.float32)
+    place = np.zeros((len(indices), hidden), dtype)
     place[range(len(indices)), indices] = 1
     columns = editor.constant("literal.indices", np.array(indices, dtype=np.int64))
     gathered = editor.node("Gather", "literal.columns", [h, columns], {"axis": 2})

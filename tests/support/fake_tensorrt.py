@@ -39,6 +39,7 @@ class Cudart:
         cards: how many there are.
         fails: function name -> the status its next call returns.
         calls: how often each function was called.
+        clock: milliseconds; every piece of work takes one.
     """
 
     cudaStreamNonBlocking = 1  # noqa: N815
@@ -56,6 +57,8 @@ class Cudart:
         self._device: dict[int, Any] = {}
         self._host: dict[int, Any] = {}
         self._streams: set[int] = set()
+        self._events: dict[int, float] = {}
+        self.clock = 0.0
         self._graphs: dict[int, list[Callable[[], None]]] = {}
         self._ready: dict[int, list[Callable[[], None]]] = {}
         self._recording: list[Callable[[], None]] | None = None
@@ -64,7 +67,14 @@ class Cudart:
     @property
     def live(self) -> int:
         """What was taken and not given back."""
-        held = (self._device, self._host, self._streams, self._graphs, self._ready)
+        held = (
+            self._device,
+            self._host,
+            self._streams,
+            self._graphs,
+            self._ready,
+            self._events,
+        )
         return sum(len(kind) for kind in held)
 
     def __getattribute__(self, name: str) -> Any:
@@ -158,6 +168,7 @@ class Cudart:
         """Work on a stream: done at once, or recorded."""
         assert stream in self._streams
         if self._recording is None:
+            self.clock += 1
             work()
         else:
             self._recording.append(work)
@@ -192,7 +203,25 @@ class Cudart:
     def cudaGraphLaunch(self, ready: int, stream: int) -> None:  # noqa: N802
         assert stream in self._streams
         for work in self._ready[ready]:
+            self.clock += 1
             work()
+
+    def cudaEventCreate(self) -> int:  # noqa: N802
+        self._events[event := self._handle()] = float("nan")
+        return event
+
+    def cudaEventDestroy(self, event: int) -> None:  # noqa: N802
+        del self._events[event]
+
+    def cudaEventRecord(self, event: int, stream: int) -> None:  # noqa: N802
+        assert stream in self._streams
+        self._events[event] = self.clock
+
+    def cudaEventSynchronize(self, event: int) -> None:  # noqa: N802
+        assert self._events[event] == self._events[event], "never recorded"
+
+    def cudaEventElapsedTime(self, start: int, stop: int) -> float:  # noqa: N802
+        return self._events[stop] - self._events[start]
 
 
 def right(pixels: NDArray[np.float32], name: str) -> NDArray[np.float32]:

@@ -50,12 +50,14 @@ class Engine(ABC):
         outputs: output name -> shape, a string for a free axis.
         built: folder of files that :meth:`build` wrote; None for engines that are not built.
         is_built: whether ``regraft build`` leaves something in the cache for it.
+        has_device: whether it computes on a device of its own, with memory and clock of its own.
         variant: the form of a graph that it takes where a bundle has it, see
             :meth:`regraft.bundle.Bundle.variants`; None for the portable one.
     """
 
     name: ClassVar[str]
     is_built: ClassVar[bool] = False
+    has_device: ClassVar[bool] = False
     variant: ClassVar[str | None] = None
     build_options: ClassVar[tuple[BuildOption, ...]] = ()
     graph: Path
@@ -216,6 +218,29 @@ class Engine(ABC):
                 raise EngineError(f"{self.name}: is closed; open it again")
             arrays = self._run(np.ascontiguousarray(pixels), names)
         return dict(zip(names, arrays, strict=True))
+
+    def device_seconds(self, batch: int, runs: int = 1) -> float:
+        """How long the device computes, by its own clock; nothing is copied to it or from it.
+
+        It computes what its buffers hold: the last batch of that size, or zeros.
+
+        Args:
+            batch: images in a run; for a size that the engine executes as it is.
+            runs: runs in a row, so that the time it takes to start one is hidden.
+
+        Returns:
+            Seconds per run.
+
+        Raises:
+            EngineError: the engine has no device of its own, is closed, or the run failed.
+        """
+        with self._lock, self._failures(f"failed on {self.graph.name}, batch {batch}"):
+            if self._closed:
+                raise EngineError(f"{self.name}: is closed; open it again")
+            return self._device_seconds(batch, runs)
+
+    def _device_seconds(self, batch: int, runs: int) -> float:
+        raise EngineError(f"{self.name}: has no device with a clock of its own; time run() instead")
 
     def close(self) -> None:
         """Waits for the run in progress, then frees the engine. Closing twice is allowed."""

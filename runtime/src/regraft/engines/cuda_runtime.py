@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import importlib
 import logging
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,6 +142,21 @@ class Cuda:
     def wait(self, stream: Any) -> None:
         """Waits until everything that was started on a stream is done."""
         self.call("cudaStreamSynchronize", stream)
+
+    def seconds(self, stream: Any, work: Callable[[], None]) -> float:
+        """How long the card takes, by its own clock, for what ``work`` starts on a stream."""
+        with ExitStack() as events:
+            start, stop = (self._event(events) for _ in range(2))
+            self.call("cudaEventRecord", start, stream)
+            work()
+            self.call("cudaEventRecord", stop, stream)
+            self.call("cudaEventSynchronize", stop)
+            return float(self.call("cudaEventElapsedTime", start, stop)) / 1e3
+
+    def _event(self, events: ExitStack) -> Any:
+        event = self.call("cudaEventCreate")
+        events.callback(self.release, "cudaEventDestroy", event)
+        return event
 
     def begin_capture(self, stream: Any) -> None:
         """From here on a stream's work is recorded, not done."""

@@ -25,7 +25,7 @@ from regraft_export.graph.cuda.patch_matmul import patch_matmul
 from regraft_export.graph.cuda.place_register_row import place_register_row
 from regraft_export.graph.cuda.widen_hidden import widen_hidden
 from regraft_export.graph.document import read, write
-from regraft_export.graph.patch import Built, Patch, Traced, Wanted, build
+from regraft_export.graph.patch import Patch, Traced, Wanted, build
 
 WRITES = ("row", "wide", "added")
 MAXIMA = ("topk", "reduce")
@@ -112,13 +112,27 @@ def fuse(
     Raises:
         RewriteError: the graph cannot be patched; see :func:`regraft_export.graph.patch.build`.
     """
+    built = build(prepared.traced, patch, wanted)
+    return fuse_built(prepared, built.proto, patch.options.registers if patch else 0, choices)
+
+
+def fuse_built(
+    prepared: Prepared, proto: onnx.ModelProto, registers: int, choices: Choices | None = None
+) -> Fused:
+    """As :func:`fuse`, for a graph that was made of ``prepared`` before.
+
+    Args:
+        prepared: what :func:`prepare` returned.
+        proto: the graph, patched or not.
+        registers: test-time registers in it.
+        choices: which forms; the same as for :func:`prepare`.
+    """
     choices, traced = choices or Choices(), prepared.traced
-    built = build(traced, patch, wanted)
     layout = traced.layout
-    tokens = layout.count + (patch.options.registers if patch else 0)
-    shapes = _shapes(built.proto)
-    graph = read(built.proto)
-    patches, entered = _enter(graph, built, traced, choices)
+    tokens = layout.count + registers
+    shapes = _shapes(proto)
+    graph = read(proto)
+    patches, entered = _enter(graph, traced, choices)
     attentions, left = fuse_attention(graph, layout.heads, tokens)
     keys = drop_key_bias(graph) if choices.biases else 0
     values = move_value_bias(graph) if choices.biases else 0
@@ -144,7 +158,7 @@ def fuse(
     return Fused(proto, fusions, left)
 
 
-def _enter(graph: gs.Graph, built: Built, traced: Traced, choices: Choices) -> tuple[bool, bool]:
+def _enter(graph: gs.Graph, traced: Traced, choices: Choices) -> tuple[bool, bool]:
     """The way from pixels to tokens; which of its two rewrites took place."""
     size = graph.inputs[0].shape[2:]
     patches = patch_matmul(graph, (int(size[0]), int(size[1]))) if choices.patches else None

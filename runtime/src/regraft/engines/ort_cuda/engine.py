@@ -47,6 +47,7 @@ class OrtCudaEngine(Engine):
     name = "ort-cuda"
     is_built = True  # `regraft build` leaves a verdict; there is nothing to compile
     variant = "cuda"
+    has_device = True
     _runner: Runner | None = None
     _thread: OneThread
 
@@ -148,6 +149,11 @@ class OrtCudaEngine(Engine):
         if runner is None:
             raise EngineError(f"{self.name}: is closed; open it again")
         return self._thread.call(lambda: runner.run(pixels, outputs))
+
+    def _device_seconds(self, batch: int, runs: int) -> float:
+        runner = self._runner
+        assert runner is not None  # open, as the caller made sure
+        return self._thread.call(lambda: runner.device_seconds(batch, runs))
 
     def details(self) -> dict[str, str]:
         """Version of onnxruntime, card, graph, batches executed, and whether as CUDA graphs."""

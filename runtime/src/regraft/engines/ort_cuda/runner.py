@@ -87,6 +87,17 @@ class Runner:
                 result[start:stop] = slot.buffers[name].array[: stop - start]
         return results
 
+    def device_seconds(self, batch: int, runs: int) -> float:
+        """Seconds per run on the card, for the bucket that executes a batch of that size."""
+        bucket = next((size for size in self.sizes if size >= batch), self.sizes[-1])
+        slot = self._slots.get(bucket) or self._prepare(bucket)
+
+        def work() -> None:
+            for _ in range(runs):
+                self._session.run_with_iobinding(slot.binding, slot.options)
+
+        return self._cuda.seconds(self._stream, work) / runs
+
     def _execute(
         self, slot: _Slot, pixels: NDArray[np.float32], bucket: int, outputs: Sequence[str]
     ) -> None:

@@ -1,0 +1,87 @@
+"""The graphs that are timed on a card, and what they must yield."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.literal import literal_graph
+from regraft.engines import Engine, open_engine
+from regraft.neurons import Neurons
+from regraft.parity import LIMITS
+from regraft.redirect import RedirectOptions
+from regraft_export.graph.cuda.fuse import Choices, fuse, fuse_built, prepare
+from regraft_export.graph.patch import Patch, Traced, Wanted, build
+from regraft_export.weights_file import WeightsFile
+
+Array = NDArray[np.float32]
+OUTPUT = "last_hidden_state"
+BASELINE = "baseline"
+PER_NEURON, CONSTANT = RedirectOptions(), RedirectOptions("constant")
+
+
+@dataclass(frozen=True)
+class Form:
+    """One graph for ``ort-cuda``.
+
+    Attributes:
+        redirect: None for an unpatched graph.
+        choices: of the rewrites.
+    """
+
+    redirect: RedirectOptions | None
+    choices: Choices = field(default_factory=Choices)
+
+
+def write_forms(
+    folder: Path, traced: Traced, neurons: Neurons, forms: Mapping[str, Form], literal: bool = False
+) -> None:
+    """Writes ``NAME.cuda.onnx`` for every form, and on demand for the literal translation."""
+    with WeightsFile(folder) as weights:
+        for name, form in forms.items():
+            patch = None if form.redirect is None else Patch(neurons, form.redirect)
+            fused = fuse(prepare(traced, form.choices), patch, Wanted(), form.choices)
+            weights.save(fused.proto, f"{name}.cuda.onnx")
+        if literal:
+            prepared = prepare(traced)
+            proto = literal_graph(prepared.traced, neurons)
+            weights.save(fuse_built(prepared, proto, 1).proto, "literal.cuda.onnx")
+
+
+def write_portable(folder: Path, exact: Traced, neurons: Neurons) -> None:
+    """Writes ``None.onnx``, ``per-neuron.onnx`` and ``constant.onnx``: what forms must yield."""
+    with WeightsFile(folder, "portable.data") as weights:
+        for redirect in (PER_NEURON, CONSTANT):
+            built = build(exact, Patch(neurons, redirect), Wanted())
+            weights.save(built.proto, f"{redirect.value}.onnx")
+        weights.save(build(exact, None, Wanted()).proto, "None.onnx")
+
+
+def expect_equal(
+    folder: Path, engines: Mapping[str, Engine], forms: Mapping[str, Form], pixels: Array
+) -> None:
+    """Every form equals the portable graph in float32, or nothing is timed."""
+    for name, form in forms.items():
+        portable = folder / f"{None if form.redirect is None else form.redirect.value}.onnx"
+        with open_engine(portable, "ort-cpu") as engine:
+            right = engine.run(pixels[:2], [OUTPUT])[OUTPUT]
+        got = engines[name].run(pixels[:2], [OUTPUT])[OUTPUT]
+        check_error(name, got, right, engines[name].precision)
+
+
+def check_error(name: str, got: Array, right: Array, precision: str) -> float:
+    """The relative Frobenius error; exits if it is beyond the precision's limit."""
+    error = float(np.linalg.norm(got - right) / np.linalg.norm(right))
+    if not error <= LIMITS[precision].relative_error:
+        raise SystemExit(f"{name} differs from what it must yield by {error:.1e}")
+    return error
+
+
+def enough_runs(engine: Engine, batch: int, seconds: float = 0.01) -> int:
+    """How many runs in a row take about so long on the device."""
+    engine.device_seconds(batch, 2)
+    return max(1, round(seconds / engine.device_seconds(batch, 2)))
