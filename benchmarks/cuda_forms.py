@@ -40,16 +40,14 @@ from regraft_export.vit.structure import VisionTransformer
 
 FORMS = {
     BASELINE: Form(None),
-    "baseline, biases kept": Form(None, Choices(biases=False)),
-    "baseline, convolution": Form(None, Choices(patches=False, tokens=False)),
-    "row, topk": Form(PER_NEURON, Choices("row", "topk")),
-    "row, reduce": Form(PER_NEURON, Choices("row", "reduce")),
+    "residual, topk": Form(PER_NEURON, Choices("residual", "topk")),
+    "residual, reduce": Form(PER_NEURON, Choices("residual", "reduce")),
     "wide, topk": Form(PER_NEURON, Choices("wide", "topk")),
-    "wide, reduce": Form(PER_NEURON, Choices("wide", "reduce")),
+    "row, topk": Form(PER_NEURON, Choices("row", "topk")),
     "added, topk": Form(PER_NEURON, Choices("added", "topk")),
-    "added, reduce": Form(PER_NEURON, Choices("added", "reduce")),
-    "constant, added": Form(CONSTANT, Choices("added")),
+    "constant, residual": Form(CONSTANT, Choices("residual")),
     "constant, wide": Form(CONSTANT, Choices("wide")),
+    "constant, added": Form(CONSTANT, Choices("added")),
 }
 
 

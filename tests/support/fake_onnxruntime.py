@@ -8,6 +8,7 @@ replayed with the addresses and shapes of its recording.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -122,6 +123,7 @@ class Module(ModuleType):
         path: str,
         settings: Any,
         providers: list[Any],
+        disabled_optimizers: Sequence[str] = (),
         enable_fallback: int = 1,
         **more: Any,
     ) -> Any:

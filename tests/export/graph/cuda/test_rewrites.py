@@ -239,7 +239,7 @@ def test_the_three_forms_of_the_redirect_are_equal() -> None:
 
 def test_a_gated_mlp_is_not_widened() -> None:
     gated = MLP.replace("h = Gelu(ub)", "g0 = Sigmoid(ub) g1 = Tanh(ub) h = Mul(g0, g1)")
-    assert widen_hidden(model(gated, **MLPS)) == 0
+    assert widen_hidden(model(gated, **MLPS), T) == 0
 
 
 def test_a_residual_and_a_norm_are_one_node() -> None:

@@ -12,6 +12,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from regraft.manifest import CudaFusions
+from regraft_export.graph.cuda.add_to_residual import add_to_residual
 from regraft_export.graph.cuda.bf16_kernels import float32_for_missing_kernels
 from regraft_export.graph.cuda.drop_key_bias import drop_key_bias
 from regraft_export.graph.cuda.embed_tokens import embed_tokens
@@ -27,7 +28,7 @@ from regraft_export.graph.cuda.widen_hidden import widen_hidden
 from regraft_export.graph.document import read, write
 from regraft_export.graph.patch import Patch, Traced, Wanted, build
 
-WRITES = ("row", "wide", "added")
+WRITES = ("residual", "row", "wide", "added")
 MAXIMA = ("topk", "reduce")
 
 
@@ -36,8 +37,9 @@ class Choices:
     """Forms that only a card can decide between; the benchmark runs them all.
 
     Attributes:
-        write: how a register's row gets what is redirected: ``row`` (one pass, by Where), ``wide``
-            (hidden units of its own, no pass), ``added`` (the portable Mul and Add).
+        write: how a register's row gets what is redirected: ``residual`` (in place, no pass),
+            ``row`` (one pass, by Where), ``wide`` (hidden units of its own, no pass), ``added``
+            (the portable Mul and Add).
         maximum: ``topk`` or ``reduce``.
         patches: patch embedding as one product.
         tokens: token entry as one Pad and one constant.
@@ -136,13 +138,14 @@ def fuse_built(
     attentions, left = fuse_attention(graph, layout.heads, tokens)
     keys = drop_key_bias(graph) if choices.biases else 0
     values = move_value_bias(graph) if choices.biases else 0
-    placed = _redirect(graph, choices, tokens)
+    placed = _redirect(graph, choices, tokens, layout.width)
     gelus = fuse_bias_gelu(graph)
     graph.cleanup()  # what the rewrites above left unread must not count as a reader
     norms = fuse_skip_norm(graph, shapes)
     float32_for_missing_kernels(graph)
     graph.import_domains = [*(graph.import_domains or []), onnx.helper.make_opsetid(DOMAIN, 1)]
-    proto = write(graph, shapes_changed=True)
+    # Shapes that are known are kept: without them ONNX Runtime does not reuse a buffer in place.
+    proto = write(graph, shapes_changed=False)
     fusions = CudaFusions(
         attentions=attentions,
         norms=norms,
@@ -173,15 +176,18 @@ def _enter(graph: gs.Graph, traced: Traced, choices: Choices) -> tuple[bool, boo
     return True, embed_tokens(graph, patches, found, (count, layout.width))
 
 
-def _redirect(graph: gs.Graph, choices: Choices, tokens: int) -> int:
+def _redirect(graph: gs.Graph, choices: Choices, tokens: int, width: int) -> int:
     """Gives the registers' rows their form; returns how many touched layers have it."""
     if choices.maximum == "topk":
         maximum_by_topk(graph, tokens)
-    wide = widen_hidden(graph) if choices.write == "wide" else 0
-    if wide:
-        graph.cleanup()
-    # What could not be widened, a gated MLP for example, takes the form with one pass.
-    return wide + (place_register_row(graph, tokens) if choices.write != "added" else 0)
+    done = 0
+    if choices.write == "wide":
+        done = widen_hidden(graph, tokens)
+    if choices.write == "residual":
+        done = add_to_residual(graph, tokens, width)
+    graph.cleanup()  # sums that were replaced are no sums any more
+    # What does not fit, a gated MLP's hidden units for example, takes the form with one pass.
+    return done + (place_register_row(graph, tokens) if choices.write != "added" else 0)
 
 
 def _shapes(proto: onnx.ModelProto) -> dict[str, tuple[object, ...]]:

@@ -77,9 +77,10 @@ def _replace(
         target = editor.constant(f"{stem}.{name}.shape", np.array(shape, dtype=np.int64))
         return editor.node("Reshape", f"{stem}.{name}", [value, target])
 
-    cut = reshape(conv.inputs[0], "cut", -1, channels, rows, high, cols, wide)
+    # 0, not -1: so the batch keeps its name, without which no buffer is known to fit for reuse.
+    cut = reshape(conv.inputs[0], "cut", 0, channels, rows, high, cols, wide)
     laid = editor.node("Transpose", f"{stem}.lay", [cut], {"perm": [0, 2, 4, 1, 3, 5]})
-    flat = reshape(laid, "flat", -1, rows * cols, channels * high * wide)
+    flat = reshape(laid, "flat", 0, rows * cols, channels * high * wide)
     matrix = np.ascontiguousarray(kernel.reshape(width, -1).T)
     result = editor.node("MatMul", stem, [flat, editor.constant(f"{stem}.weight", matrix)])
     if len(conv.inputs) > 2:

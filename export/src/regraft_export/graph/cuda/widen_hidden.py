@@ -9,8 +9,7 @@ token) and whose outgoing weights are W[N]; ``v`` is written into them on the re
 
 With ``value = constant`` every register has one unit, written with 1, whose outgoing weights are
 the register's row. ONNX Runtime's ScatterND may write in place, and h has no later reader, so only
-(B, R, k) numbers are touched; the two products grow by k in m. Places that depend on the batch are
-counted on the device, from the pixels: a Shape node would go to the CPU.
+(B, R, k) numbers are touched; the two products grow by 64 in m.
 
 For activations with f(0) = 0 directly behind one product: GELU (both forms), ReLU, x sigmoid(c x).
 A gated MLP keeps the portable form.
@@ -21,11 +20,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from regraft_export.graph.cuda.drop_key_bias import biased_product
+from regraft_export.graph.cuda.image_places import for_every_image, image_places
 from regraft_export.graph.cuda.register_write import (
     ConstantWrite,
     RegisterWrite,
@@ -34,7 +33,7 @@ from regraft_export.graph.cuda.register_write import (
 )
 from regraft_export.graph.document import Editor, consumers
 
-MULTIPLE = 8  # of widths that tensor cores like; k is filled up to it
+MULTIPLE = 64  # of widths that products like; k is filled up to it
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,25 @@ class _Mlp:
     down: gs.Node
 
 
-def widen_hidden(graph: gs.Graph) -> int:
-    """Rewrites every touched MLP that has the form; returns how many."""
+def widen_hidden(graph: gs.Graph, tokens: int) -> int:
+    """Rewrites every touched MLP that has the form.
+
+    Args:
+        graph: changed in place.
+        tokens: T + R.
+
+    Returns:
+        How many were rewritten.
+    """
     done = 0
     for write in list(register_writes(graph)):
         done += _widen_measured(graph, write)
     for constant in list(constant_writes(graph)):
         done += _widen_constant(graph, constant)
+    for node in [n for n in graph.nodes if n.op == "ScatterND"]:
+        for product in (n for n in consumers(node.outputs[0]) if n.op == "MatMul"):
+            shape = ["batch", tokens, product.inputs[1].values.shape[0]]
+            node.inputs[0].shape = node.outputs[0].shape = shape
     return done
 
 
@@ -74,8 +85,8 @@ def _widen_measured(graph: gs.Graph, write: RegisterWrite) -> bool:
         value = editor.node("Mul", f"{stem}.scales", [value, editor.constant(f"{stem}.by", scales)])
     registers, (k, _) = len(write.scales), rows.shape
     m = _grow(editor, stem, mlp, rows)
-    units = np.broadcast_to(m + np.arange(k), (registers, k))
-    _fill(editor, stem, mlp, value, write.first, units)
+    places = _places(editor, write.first, registers, m, k)
+    mlp.down.inputs[0] = editor.node("ScatterND", f"{stem}.write", [mlp.hidden, places, value])
     y, maker = write.add.outputs[0], write.alone.inputs[0]
     write.add.outputs, maker.outputs = [], [y]
     return True
@@ -89,8 +100,10 @@ def _widen_constant(graph: gs.Graph, write: ConstantWrite) -> bool:
     dtype = lone.inputs[1].values.dtype
     registers = len(write.rows)
     m = _grow(editor, stem, mlp, write.rows.astype(dtype))
-    units = m + np.arange(registers)[:, None]
-    _fill(editor, stem, mlp, _ones(editor, registers, dtype), write.first, units)
+    places = _places(editor, write.first, registers, m, registers)
+    own = editor.constant(f"{stem}.own", np.eye(registers, dtype=dtype)[None])
+    value = for_every_image(editor, f"{stem}.value", own, places)
+    mlp.down.inputs[0] = editor.node("ScatterND", f"{stem}.write", [mlp.hidden, places, value])
     bias = editor.constant(f"{stem}.bias", write.bias.astype(dtype))
     write.add.inputs = [write.product, bias]
     return True
@@ -146,56 +159,6 @@ def _grow(editor: Editor, stem: str, mlp: _Mlp, rows: NDArray[np.generic]) -> in
     return int(m)
 
 
-def _fill(
-    editor: Editor, stem: str, mlp: _Mlp, value: gs.Variable, first: int, units: NDArray[np.int64]
-) -> None:
-    """Writes (B, R, k) into the new units (R, k) of the registers."""
-    places = _places(editor, first, units)
-    written = editor.node("ScatterND", f"{stem}.write", [mlp.hidden, places, value])
-    mlp.down.inputs[0] = written
-
-
-def _places(editor: Editor, first: int, units: NDArray[np.int64]) -> gs.Variable:
-    """(image, register, unit) of each number of (B, R, k): int64 (B, R, k, 3); layers share it."""
-    stem = f"regraft.cuda.places.{'x'.join(map(str, units.shape))}.{units.min()}.{units.max()}"
-    known = editor.graph.tensors().get(f"{stem}.out")
-    if isinstance(known, gs.Variable):
-        return known
-    step = editor.constant("regraft.cuda.step", np.array([1, 0, 0], np.int64).reshape(1, 1, 1, 3))
-    images = editor.node("Mul", "regraft.cuda.images", [_numbers(editor)[1], step])
-    base = np.zeros((1, *units.shape, 3), dtype=np.int64)
-    base[..., 1] = (first + np.arange(len(units)))[:, None]
-    base[..., 2] = units
-    return editor.node("Add", stem, [images, editor.constant(f"{stem}.base", base)])
-
-
-def _numbers(editor: Editor) -> tuple[gs.Variable, gs.Variable]:
-    """1, 1, 1, ... and 0, 1, 2, ... for the images of the batch: int64 (B, 1, 1, 1)."""
-    stem = "regraft.cuda.image"
-    known = [editor.graph.tensors().get(f"{stem}.{name}.out") for name in ("ones", "numbers")]
-    if all(isinstance(value, gs.Variable) for value in known):
-        return known[0], known[1]
-    bounds = [
-        editor.constant(f"{stem}.{name}", np.array(numbers, dtype=np.int64))
-        for name, numbers in (("first", [0, 0, 0]), ("second", [1, 1, 1]), ("axes", [1, 2, 3]))
-    ]
-    corner = editor.node("Slice", f"{stem}.corner", [editor.graph.inputs[0], *bounds])
-    whole = editor.node("Cast", f"{stem}.whole", [corner], {"to": 7}, dtype=np.int64)
-    one = editor.constant(f"{stem}.one", np.array(1, dtype=np.int64))
-    ones = editor.node("Clip", f"{stem}.ones", [whole, one, one])
-    axis = editor.constant(f"{stem}.axis", np.array(0, dtype=np.int64))
-    return ones, editor.node("CumSum", f"{stem}.numbers", [ones, axis], {"exclusive": 1})
-
-
-def _ones(editor: Editor, registers: int, dtype: np.dtype[np.generic]) -> gs.Variable:
-    """(B, R, 1) ones of the graph's type; layers share it."""
-    stem = "regraft.cuda.written"
-    known = editor.graph.tensors().get(f"{stem}.out")
-    if isinstance(known, gs.Variable):
-        return known
-    axis = editor.constant(f"{stem}.axis", np.array([3], dtype=np.int64))
-    flat = editor.node("Squeeze", f"{stem}.flat", [_numbers(editor)[0], axis])
-    every = editor.constant(f"{stem}.every", np.ones((1, registers, 1), np.int64))
-    spread = editor.node("Mul", f"{stem}.spread", [flat, every])
-    kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    return editor.node("Cast", stem, [spread], {"to": int(kind)}, dtype=np.dtype(dtype))
+def _places(editor: Editor, first: int, registers: int, m: int, k: int) -> gs.Tensor:
+    """Where the registers' new units are: (B, R, k, 3)."""
+    return image_places(editor, first + np.arange(registers), m + np.arange(k))

@@ -112,6 +112,7 @@ class OrtCudaEngine(Engine):
     ) -> tuple[tuple[int, int], dict[str, Shape]]:
         ort = importlib.import_module("onnxruntime")
         ort.disable_telemetry_events()  # nobody asked for any
+        ort.set_default_logger_severity(3)  # it warns that its providers are not plug-ins
         if not graph.name.endswith(".cuda.onnx"):
             _log.warning(
                 "ort-cuda: %s was exported without a graph for CUDA (see `regraft inspect`); "
@@ -202,9 +203,14 @@ def _session(ort: Any, graph: Path, stream: int, options: EngineOptions) -> Any:
         "arena_extend_strategy": "kSameAsRequested",
         "cudnn_conv_algo_search": "HEURISTIC",
     }
-    # enable_fallback: its Python layer would open the session on the CPU and only print so.
+    # The fusion makes one Split of the cuts at the end, which copies tables to the card in every
+    # run. enable_fallback: its Python layer would open the session on the CPU and only print so.
     return ort.InferenceSession(
-        str(graph), settings, providers=[(PROVIDER, provider)], enable_fallback=0
+        str(graph),
+        settings,
+        providers=[(PROVIDER, provider)],
+        disabled_optimizers=["GatherSliceToSplitFusion"],
+        enable_fallback=0,
     )
 
 
