@@ -62,6 +62,9 @@ class Session:
     def get_outputs(self) -> Any:
         return self._session.get_outputs()
 
+    def get_modelmeta(self) -> Any:
+        return self._session.get_modelmeta()
+
     def io_binding(self) -> Binding:
         return Binding()
 

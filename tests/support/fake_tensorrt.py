@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -56,8 +56,9 @@ class Cudart:
         self.copied: list[tuple[str, int]] = []
         self._device: dict[int, Any] = {}
         self._host: dict[int, Any] = {}
-        self._streams: set[int] = set()
-        self._events: dict[int, float] = {}
+        # Work waits on its stream until somebody waits for it, as late as it may on a card.
+        self._streams: dict[int, deque[Callable[[], None]]] = {}
+        self._events: dict[int, tuple[int, float | None]] = {}
         self.clock = 0.0
         self._graphs: dict[int, list[Callable[[], None]]] = {}
         self._ready: dict[int, list[Callable[[], None]]] = {}
@@ -113,15 +114,17 @@ class Cudart:
 
     def cudaStreamCreateWithFlags(self, flags: int) -> int:  # noqa: N802
         assert flags == self.cudaStreamNonBlocking
-        self._streams.add(stream := self._handle())
+        self._streams[stream := self._handle()] = deque()
         return stream
 
     def cudaStreamDestroy(self, stream: int) -> None:  # noqa: N802
-        self._streams.remove(stream)
+        del self._streams[stream]
 
     def cudaStreamSynchronize(self, stream: int) -> None:  # noqa: N802
         assert stream in self._streams
         assert self._recording is None, "a recording stream cannot be waited for"
+        while self._streams[stream]:
+            self._streams[stream].popleft()()
 
     def cudaMalloc(self, size: int) -> Any:  # noqa: N802
         assert self._recording is None
@@ -155,7 +158,31 @@ class Cudart:
         assert size <= len(into[target])
         assert size <= len(out_of[source])
         self.copied.append(("in" if kind == 1 else "out", size))
-        ctypes.memmove(target, source, size)
+        self._streams[stream].append(lambda: ctypes.memmove(target, source, size))
+
+    def cudaMemcpy2DAsync(  # noqa: N802
+        self,
+        target: int,
+        pitch: int,
+        source: int,
+        stride: int,
+        row: int,
+        rows: int,
+        kind: int,
+        stream: int,
+    ) -> None:
+        assert kind == 2
+        assert row <= min(pitch, stride)
+        assert rows * pitch <= len(self._host[target])
+        block = next(b for b in self._device if b <= source < b + len(self._device[b]))
+        assert source + (rows - 1) * stride + row <= block + len(self._device[block])
+        self.copied.append(("out", row * rows))
+
+        def copy() -> None:
+            for i in range(rows):
+                ctypes.memmove(target + i * pitch, source + i * stride, row)
+
+        self._streams[stream].append(copy)
 
     def floats(self, address: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """An array on the card."""
@@ -165,13 +192,16 @@ class Cudart:
         return np.frombuffer(block, np.float32, count).reshape(shape)
 
     def submit(self, stream: int, work: Callable[[], None]) -> None:
-        """Work on a stream: done at once, or recorded."""
+        """Work on a stream: put off, or recorded."""
         assert stream in self._streams
         if self._recording is None:
-            self.clock += 1
-            work()
+            self._streams[stream].append(lambda: self._timed(work))
         else:
             self._recording.append(work)
+
+    def _timed(self, work: Callable[[], None]) -> None:
+        self.clock += 1
+        work()
 
     @property
     def recording(self) -> bool:
@@ -203,25 +233,41 @@ class Cudart:
     def cudaGraphLaunch(self, ready: int, stream: int) -> None:  # noqa: N802
         assert stream in self._streams
         for work in self._ready[ready]:
-            self.clock += 1
-            work()
+            self.submit(stream, work)
 
     def cudaEventCreate(self) -> int:  # noqa: N802
-        self._events[event := self._handle()] = float("nan")
+        self._events[event := self._handle()] = (0, None)
         return event
 
     def cudaEventDestroy(self, event: int) -> None:  # noqa: N802
         del self._events[event]
 
     def cudaEventRecord(self, event: int, stream: int) -> None:  # noqa: N802
-        assert stream in self._streams
-        self._events[event] = self.clock
+        self._events[event] = (stream, None)
+
+        def reached() -> None:
+            self._events[event] = (stream, self.clock)
+
+        self._streams[stream].append(reached)
 
     def cudaEventSynchronize(self, event: int) -> None:  # noqa: N802
-        assert self._events[event] == self._events[event], "never recorded"
+        self._reach(event)
+
+    def _reach(self, event: int) -> None:
+        stream = self._events[event][0]
+        assert stream, "an event that was never recorded"
+        while self._events[event][1] is None:
+            self._streams[stream].popleft()()
+
+    def cudaStreamWaitEvent(self, stream: int, event: int, flags: int) -> None:  # noqa: N802
+        assert flags == 0
+        self._streams[stream].append(lambda: self._reach(event))
 
     def cudaEventElapsedTime(self, start: int, stop: int) -> float:  # noqa: N802
-        return self._events[stop] - self._events[start]
+        (_, first), (_, last) = self._events[start], self._events[stop]
+        assert first is not None
+        assert last is not None
+        return last - first
 
 
 def right(pixels: NDArray[np.float32], name: str) -> NDArray[np.float32]:

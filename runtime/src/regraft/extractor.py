@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import (
     Callable,
     Generator,
@@ -162,6 +163,8 @@ class Extractor:
         self,
         images: Iterable[ImageSource],
         on_error: Callable[[Failure], None] | None = None,
+        *,
+        ahead: bool = False,
     ) -> Iterator[Features]:
         """The features of any number of images, batch by batch, in order.
 
@@ -174,6 +177,9 @@ class Extractor:
                 for the next image.
             on_error: called for each image that cannot be read, which is then left out (the
                 batch's ``indices`` say which are there). Without it the first one raises.
+            ahead: start the next batch before one is handed out, on engines that copy and compute
+                at the same time: faster for many images at hand, one batch later for a source that
+                one waits for, such as a camera.
 
         Raises:
             ImageError: an image cannot be read, and there is no ``on_error``.
@@ -188,26 +194,42 @@ class Extractor:
             on_error=on_error,
             draft=self._draft,
         )
-        return self.stream_batches(batches, names)
+        return self.stream_batches(batches, names, ahead=ahead)
 
     def stream_batches(
-        self, batches: Generator[Batch, None, None], names: MutableMapping[int, str]
+        self,
+        batches: Generator[Batch, None, None],
+        names: MutableMapping[int, str],
+        *,
+        ahead: bool = False,
     ) -> Iterator[Features]:
         """The features of batches that were prepared elsewhere, in order.
 
         Args:
             batches: preprocessed images; closed at the end, however it comes.
             names: how messages call the images, by index; entries that are done with are removed.
+            ahead: see :meth:`stream`.
 
         Raises:
             EngineError: the engine failed, or the features hold NaN or Inf.
         """
+        overlap = ahead and self._engine.has_device
+        waiting: deque[tuple[Callable[[], Features], int]] = deque()
+
+        def oldest() -> Features:
+            finish, last = waiting.popleft()
+            features = finish()
+            for index in [i for i in names if i <= last]:
+                del names[index]
+            return features
+
         try:
             for batch in batches:
-                features = self._run(batch.pixels, batch.indices, names)
-                for index in [i for i in names if i <= batch.indices[-1]]:
-                    del names[index]
-                yield features
+                waiting.append((self._start(batch.pixels, batch.indices, names), batch.indices[-1]))
+                if len(waiting) > overlap:
+                    yield oldest()
+            while waiting:
+                yield oldest()
         finally:
             batches.close()
 
@@ -253,7 +275,17 @@ class Extractor:
     def _run(
         self, pixels: NDArray[np.float32], indices: Sequence[int], names: Mapping[int, str]
     ) -> Features:
-        outputs = self._engine.run(pixels, self._names)
+        return self._start(pixels, indices, names)()
+
+    def _start(
+        self, pixels: NDArray[np.float32], indices: Sequence[int], names: Mapping[int, str]
+    ) -> Callable[[], Features]:
+        finish = self._engine.start(pixels, self._names)
+        return lambda: self._features(finish(), indices, names)
+
+    def _features(
+        self, outputs: Mapping[str, Floats], indices: Sequence[int], names: Mapping[int, str]
+    ) -> Features:
         for name, array in outputs.items():
             if bad := _not_finite(array):
                 which = [names.get(indices[i], _numbered(indices[i])) for i in bad]

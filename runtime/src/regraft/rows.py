@@ -49,7 +49,7 @@ def rows_of(
     Raises:
         EngineError: the engine failed, or features hold NaN or Inf.
     """
-    return in_order(lambda on_error: extractor.stream(images, on_error), names)
+    return in_order(lambda on_error: extractor.stream(images, on_error, ahead=True), names)
 
 
 def in_order(stream: Stream, names: Sequence[str]) -> Iterator[Rows]:

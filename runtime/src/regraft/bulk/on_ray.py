@@ -198,7 +198,9 @@ class _Actor:
             indices = [i for i in range(len(task.names)) if i not in bad]
             names = dict(enumerate(task.names))
             batches = _batches(pixels, indices, preprocessing, self._extractor.batch_size)
-            features: Iterator[Features] = self._extractor.stream_batches(batches, names)
+            features: Iterator[Features] = self._extractor.stream_batches(
+                batches, names, ahead=True
+            )
             return features
 
         write(self._extractor, task, in_order(stream, task.names), told)

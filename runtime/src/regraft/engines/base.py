@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -206,6 +206,44 @@ class Engine(ABC):
             InputError: the pixels have another dtype or shape.
             EngineError: an output does not exist, the engine is closed, or the run failed.
         """
+        names = self._names(pixels, outputs)
+        with self._lock, self._failures(f"failed on {self.graph.name}, batch {len(pixels)}"):
+            self._check_open()
+            arrays = self._run(np.ascontiguousarray(pixels), names)
+        return dict(zip(names, arrays, strict=True))
+
+    def start(
+        self, pixels: NDArray[np.float32], outputs: Sequence[str] | None = None
+    ) -> Callable[[], dict[str, NDArray[np.float32]]]:
+        """Begins a run, and returns what waits for it.
+
+        An engine with a device of its own copies a batch to it and another back while it computes;
+        two batches may be on their way, a third waits for the first. Other engines are done when
+        this returns. Arguments, errors and result are those of :meth:`run`; ``pixels`` may be
+        changed afterwards.
+        """
+        names = self._names(pixels, outputs)
+        what = f"failed on {self.graph.name}, batch {len(pixels)}"
+        with self._lock, self._failures(what):
+            self._check_open()
+            wait = self._start(np.ascontiguousarray(pixels), names)
+
+        def finish() -> dict[str, NDArray[np.float32]]:
+            with self._lock, self._failures(what):
+                self._check_open()
+                return dict(zip(names, wait(), strict=True))
+
+        return finish
+
+    def _start(
+        self, pixels: NDArray[np.float32], outputs: Sequence[str]
+    ) -> Callable[[], Sequence[NDArray[np.float32]]]:
+        """As :meth:`_run`, but returns what waits for the outputs."""
+        arrays = self._run(pixels, outputs)
+        return lambda: arrays
+
+    def _names(self, pixels: Any, outputs: Sequence[str] | None) -> list[str]:
+        """The names of the outputs, once they and the pixels have been checked."""
         self._check_pixels(pixels)
         names = list(self.outputs) if outputs is None else list(outputs)
         if unknown := [name for name in names if name not in self.outputs]:
@@ -213,11 +251,11 @@ class Engine(ABC):
                 f"{self.name}: {self.graph.name} has no output {', '.join(map(repr, unknown))}; "
                 f"it has {', '.join(self.outputs)}"
             )
-        with self._lock, self._failures(f"failed on {self.graph.name}, batch {len(pixels)}"):
-            if self._closed:
-                raise EngineError(f"{self.name}: is closed; open it again")
-            arrays = self._run(np.ascontiguousarray(pixels), names)
-        return dict(zip(names, arrays, strict=True))
+        return names
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError(f"{self.name}: is closed; open it again")
 
     def device_seconds(self, batch: int, runs: int = 1) -> float:
         """How long the device computes, by its own clock; nothing is copied to it or from it.
@@ -235,8 +273,7 @@ class Engine(ABC):
             EngineError: the engine has no device of its own, is closed, or the run failed.
         """
         with self._lock, self._failures(f"failed on {self.graph.name}, batch {batch}"):
-            if self._closed:
-                raise EngineError(f"{self.name}: is closed; open it again")
+            self._check_open()
             return self._device_seconds(batch, runs)
 
     def _device_seconds(self, batch: int, runs: int) -> float:

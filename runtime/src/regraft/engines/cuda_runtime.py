@@ -139,6 +139,13 @@ class Cuda:
         kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.call("cudaMemcpyAsync", host, device, size, kind, stream)
 
+    def copy_rows_out(
+        self, host: int, device: int, row: int, stride: int, rows: int, stream: Any
+    ) -> None:
+        """Starts a copy to pinned memory of ``row`` bytes out of every ``stride``."""
+        kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.call("cudaMemcpy2DAsync", host, row, device, stride, row, rows, kind, stream)
+
     def wait(self, stream: Any) -> None:
         """Waits until everything that was started on a stream is done."""
         self.call("cudaStreamSynchronize", stream)
@@ -146,17 +153,30 @@ class Cuda:
     def seconds(self, stream: Any, work: Callable[[], None]) -> float:
         """How long the card takes, by its own clock, for what ``work`` starts on a stream."""
         with ExitStack() as events:
-            start, stop = (self._event(events) for _ in range(2))
-            self.call("cudaEventRecord", start, stream)
+            start, stop = (self.event(events) for _ in range(2))
+            self.record(start, stream)
             work()
-            self.call("cudaEventRecord", stop, stream)
-            self.call("cudaEventSynchronize", stop)
+            self.record(stop, stream)
+            self.wait_for(stop)
             return float(self.call("cudaEventElapsedTime", start, stop)) / 1e3
 
-    def _event(self, events: ExitStack) -> Any:
+    def event(self, stack: ExitStack) -> Any:
+        """An event, destroyed with the stack."""
         event = self.call("cudaEventCreate")
-        events.callback(self.release, "cudaEventDestroy", event)
+        stack.callback(self.release, "cudaEventDestroy", event)
         return event
+
+    def record(self, event: Any, stream: Any) -> None:
+        """Marks where a stream has got to."""
+        self.call("cudaEventRecord", event, stream)
+
+    def follow(self, stream: Any, event: Any) -> None:
+        """What is started on a stream from here on waits for the event."""
+        self.call("cudaStreamWaitEvent", stream, event, 0)
+
+    def wait_for(self, event: Any) -> None:
+        """Waits until an event has happened."""
+        self.call("cudaEventSynchronize", event)
 
     def begin_capture(self, stream: Any) -> None:
         """From here on a stream's work is recorded, not done."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from regraft.engines.base import Engine, EngineOptions, Shape
 from regraft.engines.cores import usable_cores
+from regraft.engines.parts import Part, cut, needed, parts_of, shapes_of
 from regraft.errors import EngineError, how_to_install
 from regraft.manifest import INPUT
 
@@ -23,6 +24,7 @@ class OrtCpuEngine(Engine):
 
     name = "ort-cpu"
     _session: Any = None
+    _parts: Mapping[str, Part]
     _threads: int
 
     @classmethod
@@ -79,14 +81,17 @@ class OrtCpuEngine(Engine):
                 f"{self.name}: {graph.name} takes {names}; expected one input {INPUT} "
                 "of shape (batch, 3, H, W)"
             )
-        outputs = {o.name: tuple(o.shape) for o in self._session.get_outputs()}
-        return (int(pixels.shape[2]), int(pixels.shape[3])), outputs
+        outputs: dict[str, Shape] = {o.name: tuple(o.shape) for o in self._session.get_outputs()}
+        self._parts = parts_of(self._session.get_modelmeta().custom_metadata_map, outputs)
+        return (int(pixels.shape[2]), int(pixels.shape[3])), shapes_of(outputs, self._parts)
 
     def _run(
         self, pixels: NDArray[np.float32], outputs: Sequence[str]
     ) -> Sequence[NDArray[np.float32]]:
-        arrays: list[NDArray[np.float32]] = self._session.run(list(outputs), {INPUT: pixels})
-        return arrays
+        names = needed(outputs, self._parts)
+        arrays: list[NDArray[np.float32]] = self._session.run(names, {INPUT: pixels})
+        values = dict(zip(names, arrays, strict=True))
+        return [cut(name, values, self._parts) for name in outputs]
 
     def details(self) -> dict[str, str]:
         """Version of onnxruntime, and threads inside one run."""

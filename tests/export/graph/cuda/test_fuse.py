@@ -11,8 +11,10 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 from tests.support import graphs, models, pictures, traces
 
+from regraft.engines import parts
 from regraft.parity import cosine
 from regraft.redirect import RedirectOptions
 from regraft_export.graph.cuda.fuse import Choices, Fused, fuse, prepare, why_not_fused
@@ -21,7 +23,9 @@ from regraft_export.graph.patch import Patch, Traced, Wanted, build
 Trace = Callable[..., Traced]
 LIMIT = 1e-5
 FORMS = [
-    Choices(write=write, maximum=top) for write in ("row", "wide") for top in ("topk", "reduce")
+    Choices(write=write, maximum=top)
+    for write in ("residual", "row", "wide")
+    for top in ("topk", "reduce")
 ]
 OPTIONS = [
     RedirectOptions(),
@@ -41,11 +45,17 @@ def compare(traced: Traced, family: str, patch: Patch | None, choices: Choices) 
     portable = build(traced, patch, wanted).proto
     pixels = pictures.pixels(5, models.FAMILIES[family].size)
     session = graphs.open_session(fused.proto, optimize=False)
-    names = [output.name for output in session.get_outputs()]
     right = graphs.run(portable, {"pixel_values": pixels}, optimize=False)
-    assert names == list(right)
-    got = dict(zip(names, session.run(names, {"pixel_values": pixels}), strict=True))
-    alone = dict(zip(names, session.run(names, {"pixel_values": pixels[3:4]}), strict=True))
+    shapes = {output.name: tuple(output.shape) for output in session.get_outputs()}
+    found = parts.parts_of(session.get_modelmeta().custom_metadata_map, shapes)
+    assert set(parts.shapes_of(shapes, found)) == set(right)
+    assert bool(found) == (patch is not None and choices.whole)
+
+    def run(pixels: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        values = dict(zip(shapes, session.run(list(shapes), {"pixel_values": pixels}), strict=True))
+        return {name: parts.cut(name, values, found) for name in right}
+
+    names, got, alone = list(right), run(pixels), run(pixels[3:4])
     for name in names:
         assert traces.error(got[name], right[name]) < LIMIT
         assert traces.error(alone[name], right[name][3:4]) < LIMIT
@@ -122,8 +132,9 @@ def test_half_precision_fuses_the_same(traced: Trace, precision: str) -> None:
     if precision == "bf16":  # no bf16 kernel on CUDA
         casts = {out for n in fused.proto.graph.node if n.op_type == "Cast" for out in n.output}
         for node in fused.proto.graph.node:
-            if node.op_type in ("Pad", "ReduceMax"):
+            if node.op_type in ("Pad", "ReduceMax", "TopK"):
                 assert node.input[0] in casts
+    onnx.checker.check_model(fused.proto, full_check=True)
 
 
 def test_an_unknown_attention_is_named(traced: Trace) -> None:

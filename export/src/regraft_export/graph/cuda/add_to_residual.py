@@ -24,13 +24,14 @@ from regraft_export.graph.cuda.register_write import constant_writes, register_w
 from regraft_export.graph.document import Editor, consumers
 
 
-def add_to_residual(graph: gs.Graph, tokens: int, width: int) -> int:
+def add_to_residual(graph: gs.Graph, tokens: int, width: int, *, constants: bool) -> int:
     """Rewrites every such place.
 
     Args:
         graph: changed in place.
         tokens: T + R.
         width: D.
+        constants: whether rows that ``value = constant`` left are rewritten, too.
 
     Returns:
         How many were rewritten.
@@ -49,7 +50,7 @@ def add_to_residual(graph: gs.Graph, tokens: int, width: int) -> int:
         _scatter(editor, stem, residual, value, write.first + np.arange(len(write.scales)), width)
         _bypass(write.add, write.alone)
         done += 1
-    for constant in list(constant_writes(graph)):
+    for constant in list(constant_writes(graph)) if constants else []:
         residual = _residual(graph, constant.add)
         dtype = constant.product.dtype
         if residual is None or np.dtype(dtype).name == "bfloat16":

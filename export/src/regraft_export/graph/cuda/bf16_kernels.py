@@ -1,7 +1,8 @@
 """Rewrite: operators without a bf16 kernel on CUDA compute in float32, between two Casts.
 
 ONNX Runtime 1.31 has no bf16 kernel for Pad, ReduceMax, ReduceMin and ReduceL2 on CUDA, and would
-run them on the CPU. All four only choose or pad values, or are asked for in float32 anyway.
+run them on the CPU; before opset 24 ONNX has no TopK of bf16. All five only choose or pad values,
+or are asked for in float32 anyway.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import onnx_graphsurgeon as gs
 
 from regraft_export.graph.document import Editor, dtype_of
 
-WITHOUT = ("Pad", "ReduceMax", "ReduceMin", "ReduceL2")
+WITHOUT = ("Pad", "ReduceMax", "ReduceMin", "ReduceL2", "TopK")
 
 
 def float32_for_missing_kernels(graph: gs.Graph) -> int:
@@ -26,7 +27,7 @@ def float32_for_missing_kernels(graph: gs.Graph) -> int:
         node.inputs[0] = wide
         result = node.outputs[0]
         inner = gs.Variable(editor.names.new(f"{node.name}.float32"), dtype=np.float32)
-        node.outputs = [inner]
+        node.outputs[0] = inner
         to = {"to": int(onnx.TensorProto.BFLOAT16)}
         editor.node("Cast", f"{node.name}.narrow", [inner], to, dtype=kind)
         editor.added[-1].outputs = [result]

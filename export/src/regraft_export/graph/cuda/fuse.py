@@ -6,11 +6,13 @@ rest comes after, so that a baseline and a patched graph go through the same rew
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 
 import onnx
 import onnx_graphsurgeon as gs
 
+from regraft.engines.parts import METADATA
 from regraft.manifest import CudaFusions
 from regraft_export.graph.cuda.add_to_residual import add_to_residual
 from regraft_export.graph.cuda.bf16_kernels import float32_for_missing_kernels
@@ -20,6 +22,7 @@ from regraft_export.graph.cuda.fold_layer_scale import fold_layer_scale
 from regraft_export.graph.cuda.fuse_attention import DOMAIN, fuse_attention
 from regraft_export.graph.cuda.fuse_bias_gelu import fuse_bias_gelu
 from regraft_export.graph.cuda.fuse_skip_norm import fuse_skip_norm
+from regraft_export.graph.cuda.leave_whole import leave_whole
 from regraft_export.graph.cuda.maximum import maximum_by_topk
 from regraft_export.graph.cuda.move_value_bias import move_value_bias
 from regraft_export.graph.cuda.patch_matmul import patch_matmul
@@ -40,19 +43,24 @@ class Choices:
         write: how a register's row gets what is redirected: ``residual`` (in place, no pass),
             ``row`` (one pass, by Where), ``wide`` (hidden units of its own, no pass), ``added``
             (the portable Mul and Add).
+        constants: with ``value = constant`` and ``write = residual``: ``residual`` or ``added``,
+            a bias of tokens in a pass of its own, which is faster for small batches.
         maximum: ``topk`` or ``reduce``.
         patches: patch embedding as one product.
         tokens: token entry as one Pad and one constant.
         biases: key and value biases out of the attention.
         layer_scale: LayerScale folded into weights.
+        whole: registers cut off by the copy back, see :mod:`regraft.engines.parts`.
     """
 
-    write: str = "row"
+    write: str = "residual"
+    constants: str = "added"
     maximum: str = "topk"
     patches: bool = True
     tokens: bool = True
     biases: bool = True
     layer_scale: bool = True
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,7 @@ def fuse_built(
     keys = drop_key_bias(graph) if choices.biases else 0
     values = move_value_bias(graph) if choices.biases else 0
     placed = _redirect(graph, choices, tokens, layout.width)
+    parts = leave_whole(graph, tokens) if choices.whole else {}
     gelus = fuse_bias_gelu(graph)
     graph.cleanup()  # what the rewrites above left unread must not count as a reader
     norms = fuse_skip_norm(graph, shapes)
@@ -146,6 +155,10 @@ def fuse_built(
     graph.import_domains = [*(graph.import_domains or []), onnx.helper.make_opsetid(DOMAIN, 1)]
     # Shapes that are known are kept: without them ONNX Runtime does not reuse a buffer in place.
     proto = write(graph, shapes_changed=False)
+    if parts:
+        entry = proto.metadata_props.add()
+        entry.key = METADATA
+        entry.value = json.dumps({n: [p.whole, p.start, p.stop] for n, p in parts.items()})
     fusions = CudaFusions(
         attentions=attentions,
         norms=norms,
@@ -156,9 +169,19 @@ def fuse_built(
         patches=patches,
         tokens=entered,
         redirects=placed,
-        shape_nodes=sum(node.op_type == "Shape" for node in proto.graph.node),
+        shape_nodes=_shape_nodes(proto),
     )
     return Fused(proto, fusions, left)
+
+
+def _shape_nodes(proto: onnx.ModelProto) -> int:
+    """Shape nodes, but for those whose result goes where a kernel of CUDA wants it in the host."""
+    readers: dict[str, set[str]] = {}
+    for node in proto.graph.node:
+        for name in node.input:
+            readers.setdefault(name, set()).add(node.op_type)
+    shapes = [node.output[0] for node in proto.graph.node if node.op_type == "Shape"]
+    return sum(not readers.get(name, set()) <= {"Range", "Expand"} for name in shapes)
 
 
 def _enter(graph: gs.Graph, traced: Traced, choices: Choices) -> tuple[bool, bool]:
@@ -184,7 +207,7 @@ def _redirect(graph: gs.Graph, choices: Choices, tokens: int, width: int) -> int
     if choices.write == "wide":
         done = widen_hidden(graph, tokens)
     if choices.write == "residual":
-        done = add_to_residual(graph, tokens, width)
+        done = add_to_residual(graph, tokens, width, constants=choices.constants == "residual")
     graph.cleanup()  # sums that were replaced are no sums any more
     # What does not fit, a gated MLP's hidden units for example, takes the form with one pass.
     return done + (place_register_row(graph, tokens) if choices.write != "added" else 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from regraft.engines.base import BuildOptions, BuildProgress, Engine, EngineOpti
 from regraft.engines.cuda_runtime import Cuda
 from regraft.engines.ort_cuda.one_thread import OneThread
 from regraft.engines.ort_cuda.runner import Runner
+from regraft.engines.parts import parts_of, shapes_of
 from regraft.errors import EngineError
 from regraft.manifest import INPUT
 
@@ -133,23 +134,29 @@ class OrtCudaEngine(Engine):
                     "pip install 'onnxruntime-gpu[cuda,cudnn]'"
                 )
             size, outputs = _ports(session, graph)
+            parts = parts_of(session.get_modelmeta().custom_metadata_map, outputs)
         except BaseException:
             cuda.release("cudaStreamDestroy", stream)
             raise
         inner = {name: tuple(int(n) for n in shape[1:]) for name, shape in outputs.items()}
         self._thread = OneThread()
         self._runner = Runner(
-            session, ort, cuda, stream, {INPUT: (3, *size), **inner}, graphs=options.optimize
+            session, ort, cuda, stream, {INPUT: (3, *size), **inner}, parts, graphs=options.optimize
         )
-        return size, outputs
+        return size, shapes_of(outputs, parts)
 
     def _run(
         self, pixels: NDArray[np.float32], outputs: Sequence[str]
     ) -> Sequence[NDArray[np.float32]]:
-        runner = self._runner
-        if runner is None:
-            raise EngineError(f"{self.name}: is closed; open it again")
-        return self._thread.call(lambda: runner.run(pixels, outputs))
+        return self._start(pixels, outputs)()
+
+    def _start(
+        self, pixels: NDArray[np.float32], outputs: Sequence[str]
+    ) -> Callable[[], Sequence[NDArray[np.float32]]]:
+        runner, thread = self._runner, self._thread
+        assert runner is not None  # open, as the caller made sure
+        started = thread.call(lambda: runner.start(pixels, outputs))
+        return lambda: thread.call(lambda: runner.finish(started))
 
     def _device_seconds(self, batch: int, runs: int) -> float:
         runner = self._runner

@@ -1,7 +1,8 @@
 """Runs a session of ONNX Runtime on the card: buffers, padded batches, a CUDA graph per bucket.
 
-Everything happens on one stream, which the session was given: copy in from pinned memory, run, copy
-the wanted outputs back. Never run on a card where this was written.
+Three streams: one copies in, one computes (the session was given it), one copies back, all from and
+to pinned memory. Each bucket has up to two slots, so that while the card computes in one, the other
+is filled and emptied.
 """
 
 from __future__ import annotations
@@ -15,20 +16,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regraft.engines.buckets import buckets, pieces
-from regraft.engines.cuda_runtime import Buffer, Cuda
+from regraft.engines.cuda_runtime import Cuda
+from regraft.engines.ort_cuda.slot import Job, Slot
+from regraft.engines.parts import Part
 from regraft.manifest import INPUT
 
 LARGEST = 64  # images in one run; a larger batch is cut into pieces
+_SLOTS = 2  # of each bucket
 _SKIP = "-1"  # the annotation that neither records nor replays
 
 
 @dataclass(frozen=True)
-class _Slot:
-    """A bucket, ready to run: its addresses never change, as a CUDA graph demands."""
+class Started:
+    """A batch on its way, as the jobs that it was cut into."""
 
-    buffers: Mapping[str, Buffer]
-    binding: Any
-    options: Any
+    jobs: Sequence[Job]
+    outputs: int
 
 
 class Runner:
@@ -46,6 +49,7 @@ class Runner:
         cuda: Cuda,
         stream: Any,
         inner: Mapping[str, tuple[int, ...]],
+        parts: Mapping[str, Part] | None = None,
         *,
         graphs: bool,
     ) -> None:
@@ -55,86 +59,92 @@ class Runner:
             session: an ``InferenceSession`` whose ``user_compute_stream`` is ``stream``.
             ort: the module ``onnxruntime``.
             cuda: the calls into the CUDA runtime.
-            stream: where everything runs; freed by :meth:`close`.
-            inner: name of the input and of every output -> shape without the batch.
+            stream: where it computes; freed by :meth:`close`.
+            inner: name of the input and of every output of the graph -> shape without the batch.
+            parts: outputs that are parts of one of these.
             graphs: whether the session was opened with CUDA graphs.
         """
-        self._session, self._ort, self._cuda, self._stream = session, ort, cuda, stream
-        self._inner, self.graphs = dict(inner), graphs
+        self._session, self._ort, self._cuda = session, ort, cuda
+        self._inner, self._parts, self.graphs = dict(inner), dict(parts or {}), graphs
         self.sizes = buckets(1, LARGEST)
-        self._slots: dict[int, _Slot] = {}
-        self._stack = ExitStack()
-        self._stack.callback(cuda.release, "cudaStreamDestroy", stream)
+        self._slots: dict[int, list[Slot]] = {}
+        with ExitStack() as stack:
+            stack.callback(cuda.release, "cudaStreamDestroy", stream)
+            self._streams = (self._stream(stack), stream, self._stream(stack))
+            self._stack = stack.pop_all()
 
-    def run(self, pixels: NDArray[np.float32], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
-        """Runs a batch of any size.
+    def _stream(self, stack: ExitStack) -> Any:
+        stream = self._cuda.stream()
+        stack.callback(self._cuda.release, "cudaStreamDestroy", stream)
+        return stream
+
+    def start(self, pixels: NDArray[np.float32], outputs: Sequence[str]) -> Started:
+        """Starts a batch of any size and returns as soon as its last piece is on its way.
+
+        What was started and never finished costs nothing but its slots, which the next batch takes
+        over.
 
         Args:
-            pixels: float32 (B, 3, H, W).
+            pixels: float32 (B, 3, H, W); may be changed afterwards.
             outputs: which to copy back; the others stay on the card.
-
-        Returns:
-            The outputs, in order, owned by the caller.
 
         Raises:
             EngineError: CUDA failed.
         """
-        results = [np.empty((len(pixels), *self._inner[name]), np.float32) for name in outputs]
+        jobs = []
         for start, stop, bucket in pieces(len(pixels), self.sizes):
-            slot = self._slots.get(bucket) or self._prepare(bucket)
-            self._execute(slot, pixels[start:stop], bucket, outputs)
-            for name, result in zip(outputs, results, strict=True):
-                result[start:stop] = slot.buffers[name].array[: stop - start]
-        return results
+            slot = self._free(bucket)
+            jobs.append(slot.launch(pixels[start:stop], outputs))
+        return Started(jobs, len(outputs))
+
+    def finish(self, started: Started) -> list[NDArray[np.float32]]:
+        """Waits for a batch; the outputs, in order, owned by the caller."""
+        found = [job.collect() for job in started.jobs]
+        if len(found) == 1:
+            return found[0]
+        return [np.concatenate([part[i] for part in found]) for i in range(started.outputs)]
 
     def device_seconds(self, batch: int, runs: int) -> float:
         """Seconds per run on the card, for the bucket that executes a batch of that size."""
         bucket = next((size for size in self.sizes if size >= batch), self.sizes[-1])
-        slot = self._slots.get(bucket) or self._prepare(bucket)
+        slot = self._slots[bucket][0] if bucket in self._slots else self._free(bucket)
 
         def work() -> None:
             for _ in range(runs):
-                self._session.run_with_iobinding(slot.binding, slot.options)
+                slot.compute()
 
-        return self._cuda.seconds(self._stream, work) / runs
+        return self._cuda.seconds(self._streams[1], work) / runs
 
-    def _execute(
-        self, slot: _Slot, pixels: NDArray[np.float32], bucket: int, outputs: Sequence[str]
-    ) -> None:
-        count, staging = len(pixels), slot.buffers[INPUT]
-        staging.array[:count] = pixels
-        # Images do not see each other, so any padding would do; zeros are the same in every run.
-        staging.array[count:] = 0
-        self._cuda.copy_in(staging.device, staging.host, staging.bytes(bucket), self._stream)
-        self._session.run_with_iobinding(slot.binding, slot.options)
-        for name in outputs:
-            buffer = slot.buffers[name]
-            self._cuda.copy_out(buffer.host, buffer.device, buffer.bytes(count), self._stream)
-        self._cuda.wait(self._stream)
+    def _free(self, bucket: int) -> Slot:
+        """A slot that is not in use; if there is none, the older one, once it has been emptied."""
+        slots = self._slots.setdefault(bucket, [])
+        for slot in slots:
+            if slot.job is None:
+                return slot
+        if len(slots) < _SLOTS:
+            slots.append(self._prepare(bucket, len(slots)))
+            return slots[-1]
+        slots.append(slots.pop(0))
+        slots[-1].empty()
+        return slots[-1]
 
-    def _prepare(self, bucket: int) -> _Slot:
-        with ExitStack() as taken:
-            buffers = {name: self._buffer(taken, name, bucket) for name in self._inner}
-            binding = self._session.io_binding()
-            for name, buffer in buffers.items():
-                bind = binding.bind_input if name == INPUT else binding.bind_output
-                bind(name, "cuda", 0, np.float32, list(buffer.array.shape), buffer.device)
-            self._stack.enter_context(taken.pop_all())
+    def _prepare(self, bucket: int, number: int) -> Slot:
         options = self._ort.RunOptions()
-        # One graph for each bucket; the first run with a new number records it.
-        options.add_run_config_entry("gpu_graph_id", str(bucket) if self.graphs else _SKIP)
-        # The copies back are on the same stream; waiting for the session first would cost a round.
+        # One graph for each slot; the first run with a new number records it.
+        graph = str(_SLOTS * bucket + number) if self.graphs else _SKIP
+        options.add_run_config_entry("gpu_graph_id", graph)
+        # The copies back wait on the card; waiting for the session first would cost a round.
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        slot = self._slots[bucket] = _Slot(buffers, binding, options)
+        with ExitStack() as taken:
+            slot = Slot(self._cuda, self._streams, taken, self._parts)
+            binding = self._session.io_binding()
+            for name, shape in self._inner.items():
+                address = slot.place(name, (bucket, *shape))
+                bind = binding.bind_input if name == INPUT else binding.bind_output
+                bind(name, "cuda", 0, np.float32, [bucket, *shape], address)
+            slot.compute = lambda: self._session.run_with_iobinding(binding, options)
+            self._stack.enter_context(taken.pop_all())
         return slot
-
-    def _buffer(self, stack: ExitStack, name: str, bucket: int) -> Buffer:
-        shape = (bucket, *self._inner[name])
-        device = self._cuda.allocate(4 * int(np.prod(shape)))
-        stack.callback(self._cuda.release, "cudaFree", device)
-        host, array = self._cuda.pinned(shape)
-        stack.callback(self._cuda.release, "cudaFreeHost", host)
-        return Buffer(device, host, array)
 
     def close(self) -> None:
         """Frees everything; the runner cannot be used afterwards. Closing twice is allowed."""
