@@ -28,11 +28,11 @@ from benchmarks.cuda_graphs import (
     Form,
     enough_runs,
     expect_equal,
+    open_cuda,
     write_forms,
     write_portable,
 )
 from benchmarks.machine import RESULTS, circumstances, write_results
-from regraft.engines import Engine, EngineOptions, open_engine
 from regraft.timing import Ratio, compare
 from regraft_export.graph.cuda.fuse import Choices
 from regraft_export.trace import trace
@@ -99,7 +99,7 @@ def _measure(
 ) -> dict[str, Any]:
     drawn = np.random.default_rng(batch).normal(size=(batch, 3, *vits.image_size(vit)))
     pixels = drawn.astype(np.float32)
-    engines = {name: _open(folder / f"{name}.cuda.onnx", args) for name in FORMS}
+    engines = {name: open_cuda(folder, name, args.precision) for name in FORMS}
     expect_equal(folder, engines, FORMS, pixels)
     runs = {}
     for name, engine in engines.items():
@@ -122,10 +122,6 @@ def _measure(
         }
     rounds = len(times[BASELINE].seconds)
     return {"batch": batch, "rounds": rounds, "engine": details, "forms": rows}
-
-
-def _open(path: Path, args: argparse.Namespace) -> Engine:
-    return open_engine(path, "ort-cuda", precision=args.precision, options=EngineOptions())
 
 
 def _table(result: dict[str, Any]) -> list[str]:

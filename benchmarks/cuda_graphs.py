@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.literal import literal_graph
-from regraft.engines import Engine, open_engine
+from regraft.engines import Engine, EngineOptions, open_engine
+from regraft.engines.ort_cuda.engine import OrtCudaEngine
 from regraft.neurons import Neurons
 from regraft.parity import LIMITS
 from regraft.redirect import RedirectOptions
@@ -59,6 +60,11 @@ def write_portable(folder: Path, exact: Traced, neurons: Neurons) -> None:
             built = build(exact, Patch(neurons, redirect), Wanted())
             weights.save(built.proto, f"{redirect.value}.onnx")
         weights.save(build(exact, None, Wanted()).proto, "None.onnx")
+
+
+def open_cuda(folder: Path, name: str, precision: str) -> Engine:
+    """Opens ``NAME.cuda.onnx`` without asking for a build: benchmarks check outputs themselves."""
+    return OrtCudaEngine(folder / f"{name}.cuda.onnx", precision, EngineOptions())
 
 
 def expect_equal(

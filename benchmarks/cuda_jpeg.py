@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from benchmarks import vits
-from benchmarks.cuda_graphs import BASELINE, OUTPUT, PER_NEURON, Form, write_forms
+from benchmarks.cuda_graphs import BASELINE, OUTPUT, PER_NEURON, Form, open_cuda, write_forms
 from benchmarks.extract import pictures
 from benchmarks.machine import RESULTS, circumstances, write_results
-from regraft.engines import Engine, open_engine
+from regraft.engines import Engine
 from regraft.pipeline import batches
 from regraft.preprocessing import Preprocessing
 from regraft.timing import Ratio, race
@@ -59,10 +59,7 @@ def main() -> None:
 
 
 def _measure(args: argparse.Namespace, folder: Path, paths: list[Path]) -> dict[str, Any]:
-    engines = {
-        name: open_engine(folder / f"{name}.cuda.onnx", "ort-cuda", precision=args.precision)
-        for name in FORMS
-    }
+    engines = {name: open_cuda(folder, name, args.precision) for name in FORMS}
     half = (0.5, 0.5, 0.5)
     size = engines[BASELINE].size
     preprocessing = Preprocessing(size, half, half, "shortest-edge", size, "bicubic")

@@ -24,9 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import vits
 from benchmarks.cuda_forms import FORMS
-from benchmarks.cuda_graphs import OUTPUT, write_forms
+from benchmarks.cuda_graphs import OUTPUT, open_cuda, write_forms
 from benchmarks.machine import RESULTS, circumstances
-from regraft.engines import open_engine
 from regraft_export.trace import DTYPES, trace
 
 RUNS = 20
@@ -56,8 +55,7 @@ def main() -> None:
             pixels = np.random.default_rng(0).normal(size=(batch, 3, *size)).astype(np.float32)
             found = result[f"batch {batch}"] = {}
             for name in chosen:
-                graph = Path(folder) / f"{name}.cuda.onnx"
-                with open_engine(graph, "ort-cuda", precision=args.precision) as engine:
+                with open_cuda(Path(folder), name, args.precision) as engine:
                     engine.run(pixels, [OUTPUT])
                     found[name] = kernels(partial(engine.device_seconds, batch, RUNS))
             if not args.no_compile:

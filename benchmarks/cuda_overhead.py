@@ -34,10 +34,11 @@ from benchmarks.cuda_graphs import (
     Form,
     check_error,
     enough_runs,
+    open_cuda,
     write_forms,
 )
 from benchmarks.machine import RESULTS, circumstances, write_results
-from regraft.engines import Engine, EngineOptions, open_engine
+from regraft.engines import Engine
 from regraft.neurons import Neurons
 from regraft.timing import Ratio, Times, compare
 from regraft_export.trace import DTYPES, trace
@@ -146,12 +147,7 @@ class _Cell:
 
     def _engine(self, name: str) -> Engine:
         free = torch.cuda.mem_get_info()[0]
-        engine = open_engine(
-            self.folder / f"{name}.cuda.onnx",
-            "ort-cuda",
-            precision=self.args.precision,
-            options=EngineOptions(),
-        )
+        engine = open_cuda(self.folder, name, self.args.precision)
         engine.run(self.pixels, [OUTPUT])
         engine.device_seconds(self.batch, 2)
         self.memory[name] = (free - torch.cuda.mem_get_info()[0]) / 2**20

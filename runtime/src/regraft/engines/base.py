@@ -263,7 +263,7 @@ class Engine(ABC):
         It computes what its buffers hold: the last batch of that size, or zeros.
 
         Args:
-            batch: images in a run; for a size that the engine executes as it is.
+            batch: images in a run; where the engine pads or cuts it, what it then computes counts.
             runs: runs in a row, so that the time it takes to start one is hidden.
 
         Returns:

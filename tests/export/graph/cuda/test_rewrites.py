@@ -234,7 +234,21 @@ def test_the_three_forms_of_the_redirect_are_equal() -> None:
     top = model(MLP, **MLPS)
     assert maximum_by_topk(top, T) == 1
     np.testing.assert_allclose(run(top), before, atol=1e-5)
-    assert maximum_by_topk(model(MLP, **MLPS), 257) == 0
+
+
+@pytest.mark.parametrize("tokens", [2, 256, 257, 258, 578, 1371])
+def test_the_maximum_of_many_tokens_is_taken_in_groups(tokens: int) -> None:
+    nodes = "y = ReduceMax<keepdims = 1>(x, axis)"
+    args = {"x": f"float[b, {tokens}, 3] x", "out": "float[b, 1, 3] y"}
+    axis = np.array([1], np.int64)
+    before = run(model(nodes, **args, axis=axis), (2, tokens, 3))
+    graph = model(nodes, **args, axis=axis)
+    assert maximum_by_topk(graph, tokens) == 1
+    np.testing.assert_array_equal(run(graph, (2, tokens, 3)), before)
+    tops = [node for node in graph.nodes if node.op == "TopK"]
+    assert len(tops) == (1 if tokens <= 256 else 2)
+    assert maximum_by_topk(model(nodes, **args, axis=axis), 65537) == 0
+    assert maximum_by_topk(model(nodes, **args, axis=np.array([2], np.int64)), tokens) == 0
 
 
 def test_a_gated_mlp_is_not_widened() -> None:

@@ -2,8 +2,9 @@
 
 ONNX Runtime gives ReduceMax to cuDNN (11 microseconds for one image on an H100, and conversions
 to float32). TopK has a kernel of ONNX Runtime's own, one block for each column, which sorts up to
-256 numbers in shared memory (4.4). More tokens are cut into equal groups, whose maxima have a
-maximum; where their number has no such divisor, ReduceMax stays.
+256 numbers in shared memory (4.4). More tokens are cut into groups of at most so many, whose maxima
+have a maximum; where the last group is not full, the last token stands in it several times. (For
+1371 tokens of one image ReduceMax takes 83 microseconds.)
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ def maximum_by_topk(graph: gs.Graph, tokens: int) -> int:
         tokens: T + R.
 
     Returns:
-        How many were rewritten: none where T + R cannot be cut into groups.
+        How many were rewritten: none beyond 65536 tokens.
     """
-    groups = next((n for n in range(1, MOST + 1) if tokens % n == 0 and tokens // n <= MOST), 0)
-    if not groups:
+    groups = -(-tokens // MOST)
+    if groups > MOST:
         return 0
+    size = -(-tokens // groups)
     done = 0
     for node in [n for n in graph.nodes if n.op == "ReduceMax"]:
         axes = node.inputs[1] if len(node.inputs) > 1 else None
@@ -37,7 +39,11 @@ def maximum_by_topk(graph: gs.Graph, tokens: int) -> int:
             continue
         editor, value, wanted = Editor(graph), node.inputs[0], node.outputs[0]
         if groups > 1:
-            shape = np.array([0, groups, tokens // groups, -1], np.int64)
+            if groups * size > tokens:
+                filled = np.minimum(np.arange(groups * size), tokens - 1)
+                index = editor.constant(f"{node.name}.filled.index", filled)
+                value = editor.node("Gather", f"{node.name}.filled", [value, index], {"axis": 1})
+            shape = np.array([0, groups, size, -1], np.int64)
             target = editor.constant(f"{node.name}.groups.shape", shape)
             grouped = editor.node("Reshape", f"{node.name}.groups", [value, target])
             tops = _top(editor, f"{node.name}.group", grouped, 2)

@@ -105,13 +105,14 @@ class Runner:
         return [np.concatenate([part[i] for part in found]) for i in range(started.outputs)]
 
     def device_seconds(self, batch: int, runs: int) -> float:
-        """Seconds per run on the card, for the bucket that executes a batch of that size."""
-        bucket = next((size for size in self.sizes if size >= batch), self.sizes[-1])
-        slot = self._slots[bucket][0] if bucket in self._slots else self._free(bucket)
+        """Seconds per run on the card, of the buckets that execute a batch of that size."""
+        needed = [bucket for _, _, bucket in pieces(batch, self.sizes)]
+        slots = {b: self._slots[b][0] if b in self._slots else self._free(b) for b in set(needed)}
 
         def work() -> None:
             for _ in range(runs):
-                slot.compute()
+                for bucket in needed:
+                    slots[bucket].compute()
 
         return self._cuda.seconds(self._streams[1], work) / runs
 
