@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import threading
@@ -10,15 +11,17 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import onnx
 import onnxruntime as real
 import pytest
 from numpy.typing import NDArray
 from tests.support import fake_onnxruntime
 from tests.support.fake_tensorrt import Cudart, Status
 
-from regraft.engines import EngineOptions, open_engine
+from regraft.engines import EngineOptions, open_engine, parts
 from regraft.engines.ort_cuda.runner import LARGEST
 from regraft.errors import EngineError
+from regraft.extractor import Extractor
 
 Fake = fake_onnxruntime.Module
 
@@ -70,6 +73,83 @@ def test_only_what_is_asked_for_is_copied_back(ort: Fake, graph: Path) -> None:
         engine.run(pixels(3), ["pooler_output"])
         assert [kind for kind, _ in ort.cudart.copied] == ["in", "out"]
         assert ort.cudart.copied[1][1] == 3 * 8 * 4  # three images of a bucket of four
+
+
+@pytest.fixture
+def whole(graph: Path) -> Path:
+    """The same graph, as it leaves the cutting to the copy back: 16 patches, then one more."""
+    model = onnx.load(graph)
+    (entry,) = [o for o in model.graph.output if o.name == "last_hidden_state"]
+    tokens = entry.type.tensor_type.shape.dim[1].dim_value
+    added = model.metadata_props.add()
+    added.key = parts.METADATA
+    added.value = json.dumps(
+        {
+            "front": ["last_hidden_state", 0, tokens - 1],
+            "back": ["last_hidden_state", tokens - 1, tokens],
+        }
+    )
+    file = graph.with_name("whole.cuda.onnx")
+    onnx.save(model, file)
+    return file
+
+
+def test_parts_are_cut_by_the_copy_back(ort: Fake, graph: Path, whole: Path) -> None:
+    tokens = right(graph, pixels(3))["last_hidden_state"]
+    with open_engine(whole, "ort-cuda") as engine, open_engine(whole, "ort-cpu") as cpu:
+        assert list(engine.outputs)[:2] == list(cpu.outputs)[:2] == ["front", "back"]
+        ort.cudart.copied.clear()
+        found = engine.run(pixels(3), ["back", "front"])
+        assert [size for kind, size in ort.cudart.copied if kind == "out"] == [
+            tokens[:, -1:].nbytes,
+            tokens[:, :-1].nbytes,
+        ]
+        for got in (found, cpu.run(pixels(3), ["back", "front"])):
+            np.testing.assert_allclose(got["front"], tokens[:, :-1], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(got["back"], tokens[:, -1:], rtol=1e-5, atol=1e-6)
+        for name, value in engine.run(pixels(LARGEST + 2)).items():
+            np.testing.assert_allclose(
+                value, cpu.run(pixels(LARGEST + 2))[name], rtol=1e-5, atol=1e-6
+            )
+
+
+def test_several_batches_may_be_on_their_way(ort: Fake, graph: Path) -> None:
+    batches = [pixels(3, seed) for seed in range(5)]
+    with open_engine(graph, "ort-cuda") as engine:
+        started = []
+        for batch in batches:
+            given = batch.copy()
+            started.append(engine.start(given, ["pooler_output"]))
+            given[:] = np.nan  # the caller's again
+        for i in (4, 0, 2, 1, 3):  # in any order; three had to make room before
+            expected = right(graph, batches[i])["pooler_output"]
+            np.testing.assert_allclose(
+                started[i]()["pooler_output"], expected, rtol=1e-5, atol=1e-6
+            )
+        assert {number for _, number in ort.sessions[0].recorded} == {8, 9}
+        late = engine.start(batches[0])
+    with pytest.raises(EngineError, match="is closed; open it again"):
+        late()
+    assert ort.cudart.live == 0
+
+
+def test_a_stream_ahead_gives_the_same_in_order(ort: Fake, pristine_bundle: Path) -> None:
+    images = [np.full((20, 20, 3), 10 * i, np.uint8) for i in range(7)]
+    with Extractor.open(pristine_bundle, "ort-cuda", batch_size=2) as extractor:
+        plain = list(extractor.stream(images))
+        ahead = list(extractor.stream(images, ahead=True))
+    assert [part.indices.tolist() for part in ahead] == [[0, 1], [2, 3], [4, 5], [6]]
+    for one, other in zip(plain, ahead, strict=True):
+        np.testing.assert_array_equal(one.pooled, other.pooled)
+
+
+def test_the_card_times_itself(ort: Fake, graph: Path) -> None:
+    with open_engine(graph, "ort-cuda") as engine:
+        assert engine.device_seconds(3, 4) == 1e-3  # the fake's clock: one millisecond a run
+        assert engine.device_seconds(LARGEST + 1, 2) == 2e-3  # two pieces
+    engine = open_engine(graph, "ort-cpu")
+    with engine, pytest.raises(EngineError, match="ort-cpu: has no device with a clock of its own"):
+        engine.device_seconds(1)
 
 
 def test_a_thousand_runs_take_no_more_memory(ort: Fake, graph: Path) -> None:

@@ -12,11 +12,13 @@ import pytest
 from numpy.typing import NDArray
 from tests.support import graphs
 
+from regraft_export.graph.cuda.add_to_residual import add_to_residual
 from regraft_export.graph.cuda.drop_key_bias import drop_key_bias
 from regraft_export.graph.cuda.fold_layer_scale import fold_layer_scale
 from regraft_export.graph.cuda.fuse_attention import fuse_attention
 from regraft_export.graph.cuda.fuse_bias_gelu import fuse_bias_gelu
 from regraft_export.graph.cuda.fuse_skip_norm import fuse_skip_norm
+from regraft_export.graph.cuda.leave_whole import leave_whole
 from regraft_export.graph.cuda.maximum import maximum_by_topk
 from regraft_export.graph.cuda.move_value_bias import move_value_bias
 from regraft_export.graph.cuda.patch_matmul import patch_matmul
@@ -249,6 +251,71 @@ def test_the_maximum_of_many_tokens_is_taken_in_groups(tokens: int) -> None:
     assert len(tops) == (1 if tokens <= 256 else 2)
     assert maximum_by_topk(model(nodes, **args, axis=axis), 65537) == 0
     assert maximum_by_topk(model(nodes, **args, axis=np.array([2], np.int64)), tokens) == 0
+
+
+BLOCK = MLP.replace("y = Add(alone, place)", "o = Add(alone, place) y = Add(s, o)").replace(
+    "u = MatMul(x, w1)",
+    "s = Add(x, x) n = LayerNormalization<axis = -1>(s, gamma, beta) u = MatMul(n, w1)",
+)
+BLOCKS = {**MLPS, "gamma": (D,), "beta": (D,)}
+
+
+def test_a_register_is_added_to_the_residual() -> None:
+    before, graph = run(model(BLOCK, **BLOCKS)), model(BLOCK, **BLOCKS)
+    assert add_to_residual(graph, T, D, constants=True) == 1
+    graph.cleanup()
+    (write,) = [node for node in graph.nodes if node.op == "ScatterND"]
+    assert write.attrs["reduction"] == "add"
+    assert write.outputs[0].shape == ["batch", T, D]
+    assert {n.op for n in write.inputs[0].outputs} == {"LayerNormalization", "ScatterND"}
+    np.testing.assert_allclose(
+        run(graph, (1, T, D)), run(model(BLOCK, **BLOCKS), (1, T, D)), atol=1e-5
+    )
+    np.testing.assert_allclose(run(graph), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_a_constant_row_is_added_to_the_residual_where_chosen(chosen: bool) -> None:
+    rows = np.random.default_rng(2).normal(size=D) * np.ones((T, D))
+    rows[-1] += 3
+    nodes = "s = Add(x, x) a = MatMul(s, w) o = Add(a, bias) y = Add(o, s)"
+    # The residual's other reader is no norm, so it is left; without it, it is rewritten.
+    assert add_to_residual(model(nodes, w=(D, D), bias=rows), T, D, constants=chosen) == 0
+    nodes = nodes.replace("MatMul(s, w)", "MatMul(x, w)")
+    before, graph = run(model(nodes, w=(D, D), bias=rows)), model(nodes, w=(D, D), bias=rows)
+    assert add_to_residual(graph, T, D, constants=chosen) == int(chosen)
+    np.testing.assert_allclose(run(graph), before, atol=1e-5)
+
+
+def test_a_sum_that_leaves_or_is_no_residual_is_left() -> None:
+    assert add_to_residual(model(MLP, **MLPS), T, D, constants=True) == 0
+    read_twice = BLOCK.replace("y = Add(s, o)", "z = Add(s, o) y = Add(z, o)")
+    assert add_to_residual(model(read_twice, **BLOCKS), T, D, constants=True) == 0
+
+
+def test_cuts_are_left_to_the_copy_back() -> None:
+    nodes = """front = Slice(x, zero, four, axis) back = Slice(x, four, five, axis)
+    w = Add(front, front) one = Gather<axis = 1>(front, zero)"""
+    numbers = {"zero": [0], "four": [4], "five": [5], "axis": [1]}
+    out = f"float[b, 4, {D}] front, float[b, 1, {D}] back, float[b, 1, {D}] one"
+    graph = model(nodes, out, **{k: np.array(v, np.int64) for k, v in numbers.items()})
+    # Made by a node, as tokens are; x itself is an input.
+    for node in graph.nodes:
+        node.name = f"regraft.cut.{node.outputs[0].name}" if node.op == "Slice" else node.name
+    graph.nodes.insert(
+        0, gs.Node("Neg", "made", {}, [graph.inputs[0]], [gs.Variable("made", np.float32)])
+    )
+    for node in graph.nodes[1:]:
+        node.inputs = [
+            graph.nodes[0].outputs[0] if t is graph.inputs[0] else t for t in node.inputs
+        ]
+    for output in graph.outputs:
+        output.dtype = np.float32
+    parts = leave_whole(graph, T)
+    assert {n: (p.start, p.stop) for n, p in parts.items()} == {"front": (0, 4), "back": (4, 5)}
+    assert [t.name for t in graph.outputs] == ["regraft.whole", "one"]
+    assert graph.outputs[0].shape == ["batch", T, D]
+    assert ops(graph) == {"Neg": 1, "Gather": 1}  # one token is read from the whole
 
 
 def test_a_gated_mlp_is_not_widened() -> None:

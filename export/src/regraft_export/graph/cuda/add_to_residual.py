@@ -52,8 +52,8 @@ def add_to_residual(graph: gs.Graph, tokens: int, width: int, *, constants: bool
         done += 1
     for constant in list(constant_writes(graph)) if constants else []:
         residual = _residual(graph, constant.add)
-        dtype = constant.product.dtype
-        if residual is None or np.dtype(dtype).name == "bfloat16":
+        dtype = next(t for t in constant.add.inputs if isinstance(t, gs.Constant)).values.dtype
+        if residual is None or dtype.name == "bfloat16":
             continue
         editor, stem = Editor(graph), f"{constant.add.name}.residual"
         rows = constant.first + np.arange(len(constant.rows))
