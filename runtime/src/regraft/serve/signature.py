@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regraft.manifest import INPUT, Manifest
+from regraft.serve.checks import clip
 from regraft.serve.datatypes import BYTES
 from regraft.serve.messages import InferRequest, InputTensor
 from regraft.serve.refusals import invalid
@@ -22,7 +23,6 @@ IMAGES = "images"
 SUFFIX = "_images"
 PLATFORM = "regraft"
 _ANY = -1
-_SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Signature:
         for given in request.inputs:
             if given.name != first.name:
                 raise invalid(
-                    f"unexpected inference input '{_clip(given.name)}' for model '{self.model}'; "
+                    f"unexpected inference input '{clip(given.name)}' for model '{self.model}'; "
                     f"it takes '{first.name}'"
                 )
         if len(request.inputs) != 1:
@@ -105,7 +105,7 @@ class Signature:
         for name in asked:
             if name not in known:
                 raise invalid(
-                    f"unexpected inference output '{_clip(name)}' for model '{self.model}'; it "
+                    f"unexpected inference output '{clip(name)}' for model '{self.model}'; it "
                     f"gives {', '.join(known)}"
                 )
         if len(set(asked)) != len(asked):
@@ -179,8 +179,3 @@ def _in_config(tensor: Tensor) -> dict[str, Any]:
 
 def _brackets(shape: Sequence[int]) -> str:
     return f"[{','.join(map(str, shape))}]"
-
-
-def _clip(text: str) -> str:
-    shown = text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
-    return shown if shown.isprintable() else ascii(shown)[1:-1]
