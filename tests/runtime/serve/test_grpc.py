@@ -274,7 +274,12 @@ def test_bad_requests(client: Client, case: str) -> None:
         ("ModelMetadata", {"name": "none"}, NOT_FOUND, "Request for unknown model: 'none'"),
         ("ModelConfig", {"name": "none"}, NOT_FOUND, "Request for unknown model: 'none'"),
         ("ModelStatistics", {"name": "small", "version": "9"}, NOT_FOUND, "version 9 is not found"),
-        ("RepositoryIndex", {"repository_name": "x"}, INVALID, "repository_name is not supported"),
+        (
+            "RepositoryIndex",
+            {"repository_name": "x"},
+            "UNIMPLEMENTED",
+            "repository_name is not supported",
+        ),
         ("RepositoryModelLoad", {"model_name": "small"}, "UNAVAILABLE", "--model-control"),
         ("RepositoryModelUnload", {"model_name": "small"}, "UNAVAILABLE", "--model-control"),
     ],

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regraft.manifest import INPUT, Manifest
+from regraft.serve import datatypes
 from regraft.serve.checks import clip
 from regraft.serve.datatypes import BYTES
 from regraft.serve.messages import InferRequest, InputTensor
@@ -75,12 +76,7 @@ class Signature:
         """
         first = self.inputs[0]
         if request.raw is not None:
-            if first.datatype != BYTES:
-                raise invalid(
-                    f"a raw binary request needs a model of one BYTES input; '{self.model}' takes "
-                    f"{first.datatype}, '{self.model}{SUFFIX}' takes encoded images"
-                )
-            return InputTensor(first.name, BYTES, (1, 1), [request.raw])
+            return self._whole(request.raw)
         for given in request.inputs:
             if given.name != first.name:
                 raise invalid(
@@ -139,6 +135,15 @@ class Signature:
             "dynamic_batching": {"max_queue_delay_microseconds": delay_us},
             "parameters": {n: {"string_value": v} for n, v in parameters.items()},
         }
+
+    def _whole(self, body: bytes) -> InputTensor:
+        """The body of a request without a tensor around it: one image."""
+        first = self.inputs[0]
+        shape = (1, *first.shape[1:])
+        if first.datatype == BYTES:
+            return InputTensor(first.name, BYTES, shape, [body])
+        array = datatypes.from_wire(first.name, first.datatype, shape, memoryview(body))
+        return InputTensor(first.name, first.datatype, shape, array)
 
     def _check_tensor(self, given: InputTensor) -> None:
         fitting = [form for form in self.inputs if form.datatype == given.datatype]

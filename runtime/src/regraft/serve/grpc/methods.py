@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from regraft.serve.refusals import Refusal, invalid
+from regraft.serve.refusals import Kind, Refusal
 from regraft.serve.service import Service
 
 Fields = Mapping[str, Any]
@@ -72,7 +72,10 @@ async def repository_unload(service: Service, request: Any) -> Fields:
 
 def _expect_no_repository(request: Any) -> None:
     if request.repository_name:
-        raise invalid("repository_name is not supported: there is one repository, without a name")
+        raise Refusal(
+            Kind.UNSUPPORTED,
+            "repository_name is not supported: there is one repository, without a name",
+        )
 
 
 # Name of the call -> what answers it, and whether it is open to everybody.
