@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,11 +92,13 @@ class Server:
 
 
 @contextmanager
-def serving(*words: object) -> Iterator[Server]:
+def serving(
+    *words: object, python: str | Path = sys.executable, env: Mapping[str, str] | None = None
+) -> Iterator[Server]:
     """A server on a free port, ready; with ``--grpc-port 0`` on another one as well."""
-    command = [sys.executable, "-m", "regraft", "serve", *map(str, words), "--port", "0"]
+    command = [str(python), "-m", "regraft", "serve", *map(str, words), "--port", "0"]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=env
     )
     try:
         assert process.stderr is not None
