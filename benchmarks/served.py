@@ -98,15 +98,21 @@ def serving(arguments: Sequence[str], log: Path) -> Iterator[Served]:
         process.wait(PATIENCE)
 
 
-def http_body(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> tuple[bytes, Any]:
-    """Body and headers of a request with one binary input and binary outputs."""
+def http_body(
+    name: str, datatype: str, shape: Sequence[int], raw: bytes, outputs: Sequence[str] = ()
+) -> tuple[bytes, Any]:
+    """Body and headers of a request with one input; input and outputs (all if empty) binary."""
     tensor = {
         "name": name,
         "shape": list(shape),
         "datatype": datatype,
         "parameters": {"binary_data_size": len(raw)},
     }
-    document = {"inputs": [tensor], "parameters": {"binary_data_output": True}}
+    document = {
+        "inputs": [tensor],
+        "outputs": [{"name": output} for output in outputs],
+        "parameters": {"binary_data_output": True},
+    }
     head = json.dumps(document).encode()
     return head + raw, {_LENGTH: str(len(head))}
 
@@ -124,11 +130,21 @@ def http_arrays(answer: http.client.HTTPResponse, body: bytes) -> dict[str, Arra
     return arrays
 
 
-def grpc_body(model: str, name: str, datatype: str, shape: Sequence[int], raw: bytes) -> bytes:
-    """A serialized request with one raw input."""
+def grpc_body(
+    model: str,
+    name: str,
+    datatype: str,
+    shape: Sequence[int],
+    raw: bytes,
+    outputs: Sequence[str] = (),
+) -> bytes:
+    """A serialized request with one raw input, for all outputs or those named."""
     tensor = {"name": name, "datatype": datatype, "shape": shape}
     request = message("ModelInferRequest")(
-        model_name=model, inputs=[tensor], raw_input_contents=[raw]
+        model_name=model,
+        inputs=[tensor],
+        outputs=[{"name": output} for output in outputs],
+        raw_input_contents=[raw],
     )
     body: bytes = request.SerializeToString()
     return body

@@ -78,6 +78,7 @@ async def _serve(
         access_log=False,
         server_header=False,
         loop="none",
+        timeout_keep_alive=math.ceil(settings.limits.header_seconds),
         timeout_graceful_shutdown=max(1, math.ceil(settings.drain_timeout)),
     )
     server = _Uvicorn(config)
@@ -148,6 +149,9 @@ def _listen(host: str, port: int, option: str = "--port") -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         listener = socket.create_server(found[0][4][:2], family=found[0][0], backlog=2048)
+        # Connections inherit it. asyncio leaves sockets that it has not made as they are, and an
+        # answer's second part would wait 40 ms for the client to acknowledge the first.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(
