@@ -1,61 +1,20 @@
-"""The repository in a real Triton server: the one inside the nvidia-pytriton wheel.
-
-That server has the Python backend alone, so the network itself is stood in for by a Python model of
-the same configuration that runs onnxruntime; preprocessing and ensemble are as `regraft triton`
-writes them.
-"""
+"""The repository that `regraft triton` writes, in a real Triton server."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support import bundles, environments, pictures
+from tests.support import bundles, pictures, triton_server
 
 from regraft import Extractor
-from regraft.cli.main import main
 
 pytestmark = pytest.mark.slow
 
-# Debian's Python: the backend is linked against its libpython.
-PYTHON = "/usr/bin/python3"
-PACKAGES = (
-    "nvidia-pytriton==0.7.0",
-    "tritonclient[http,grpc]==2.73.0",
-    "numpy<2",
-    "pillow==13.0.0",
-)
-HTTP, GRPC, METRICS = 18100, 18101, 18102
-STAND_IN = """
-import numpy as np
-import onnxruntime
-import triton_python_backend_utils as backend
-from pathlib import Path
-
-
-class TritonPythonModel:
-    def initialize(self, args):
-        folder = Path(args["model_repository"], args["model_version"])
-        self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
-        self.names = [output.name for output in self.session.get_outputs()]
-
-    def execute(self, requests):
-        answers = []
-        for request in requests:
-            pixels = backend.get_input_tensor_by_name(request, "pixel_values").as_numpy()
-            arrays = self.session.run(self.names, {"pixel_values": pixels})
-            tensors = [backend.Tensor(n, a) for n, a in zip(self.names, arrays)]
-            answers.append(backend.InferenceResponse(tensors))
-        return answers
-"""
 CLIENT = """
 import sys
 import numpy as np
@@ -71,12 +30,12 @@ for file in Path(repository).glob("*/config.pbtxt"):
     assert config.max_batch_size == 32
 client = http.InferenceServerClient(url)
 images = np.array([[Path(file).read_bytes()] for file in files], object)
-image = http.InferInput("image", images.shape, "BYTES")
+image = http.InferInput("images", images.shape, "BYTES")
 image.set_data_from_numpy(images)
 answer = client.infer("vit_images", [image])
 names = [output["name"] for output in client.get_model_metadata("vit_images")["outputs"]]
 np.savez(out, **{name: answer.as_numpy(name) for name in names})
-bad = http.InferInput("image", [1, 1], "BYTES")
+bad = http.InferInput("images", [1, 1], "BYTES")
 bad.set_data_from_numpy(np.array([[b"no image"]], object))
 try:
     client.infer("vit_images", [bad])
@@ -87,13 +46,7 @@ except http.InferenceServerException as error:
 
 @pytest.fixture(scope="module")
 def python() -> Path:
-    if not Path(PYTHON).exists():
-        pytest.skip(f"{PYTHON} is not installed: apt-get install python3-venv libpython3-dev")
-    python = environments.environment("triton", [*PACKAGES, "onnxruntime"], PYTHON)
-    # The backend's Python looks at its site-packages, not at PYTHONPATH.
-    (site,) = (python.parents[1] / "lib").glob("python3*/site-packages")
-    (site / "regraft.pth").write_text(str(environments.WORKSPACE / "runtime" / "src") + "\n")
-    return python
+    return triton_server.environment()
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +56,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def repository(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("triton") / "repository"
-    assert main(["triton", str(bundle), "--out", str(out), "--name", "vit"]) == 0
-    config = out / "vit" / "config.pbtxt"
-    text = config.read_text()
-    assert text.count('backend: "onnxruntime"') == 1
-    config.write_text(text.replace('backend: "onnxruntime"', 'backend: "python"'))
-    (out / "vit" / "1" / "model.py").write_text(STAND_IN)
-    return out
+    return triton_server.write_repository(bundle, tmp_path_factory.mktemp("triton") / "repository")
 
 
 @pytest.fixture(scope="module")
@@ -118,45 +64,8 @@ def server(
     python: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """Its address, once it is ready."""
-    place = tmp_path_factory.mktemp("server")
-    wheel = next((python.parents[1] / "lib").glob("python3*/site-packages/pytriton/tritonserver"))
-    version = wheel.parents[2].name.removeprefix("python")
-    shutil.copytree(wheel / "backends", place / "backends")
-    stub = wheel / "python_backend_stubs" / version / "triton_python_backend_stub"
-    shutil.copy(stub, place / "backends" / "python")
-    log = (place / "log").open("w+")
-    process = subprocess.Popen(
-        [
-            *(str(wheel / "bin" / "tritonserver"), f"--model-repository={repository}"),
-            *(f"--backend-directory={place / 'backends'}", f"--http-port={HTTP}"),
-            *(f"--grpc-port={GRPC}", f"--metrics-port={METRICS}", "--http-address=127.0.0.1"),
-        ],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=environments.variables(
-            PATH=f"{python.parent}:{os.environ['PATH']}",
-            LD_LIBRARY_PATH=str(wheel.parents[1] / "nvidia_pytriton.libs"),
-        ),
-    )
-
-    def said() -> str:
-        log.seek(0)
-        return log.read()[-12000:]
-
-    try:
-        until = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{HTTP}/v2/health/ready", timeout=5)
-                break
-            except OSError:
-                assert process.poll() is None, said()
-                assert time.monotonic() < until, said()
-                time.sleep(0.3)
-        yield f"127.0.0.1:{HTTP}"
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
+    with triton_server.running(python, repository, tmp_path_factory.mktemp("server")) as found:
+        yield f"127.0.0.1:{found.http}"
 
 
 def test_a_client_gets_the_extractors_numbers(

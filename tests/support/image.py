@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -48,18 +49,31 @@ def build(target: str) -> str:
     return name
 
 
+def debian() -> Path:
+    """A minimal Debian in a folder, from Debian's packages; made once and kept."""
+    if shutil.which("debootstrap") is None:
+        pytest.skip("debootstrap is not installed: apt-get install debootstrap")
+    if os.geteuid() != 0:
+        pytest.skip("debootstrap needs root")
+    folder = ROOT / "debian"
+    ROOT.mkdir(exist_ok=True)
+    with (ROOT / "debian.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "etc/debian_version").is_file() or (folder / "debootstrap").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            command = ["debootstrap", "--variant=minbase", SUITE, str(folder)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                shutil.rmtree(folder, ignore_errors=True)
+                pytest.skip(f"debootstrap cannot make a base: {done.stdout.splitlines()[-1:]}")
+    return folder
+
+
 def _base() -> None:
     """Puts a minimal Debian where the base image would be, under its name."""
     if buildah("inspect", "--type", "image", BASE, check=False).returncode == 0:
         return
-    folder = ROOT / "debian"
-    if not (folder / "etc/debian_version").is_file() or (folder / "debootstrap").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        command = ["debootstrap", "--variant=minbase", SUITE, str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            shutil.rmtree(folder, ignore_errors=True)
-            pytest.skip(f"debootstrap cannot make a base: {done.stdout.splitlines()[-1:]}")
+    folder = debian()
     container = buildah("from", "scratch").stdout.strip()
     place = buildah("mount", container).stdout.strip()
     subprocess.run(["cp", "-a", f"{folder}/.", place], check=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from regraft.serve.compression import inflate
-from regraft.serve.http_body import Bodies, ClientGone, Receive, until_gone
+from regraft.serve.http_body import ClientGone, Receive, until_gone
 from regraft.serve.messages import InferRequest, InferResponse
 from regraft.serve.refusals import INTERNAL_TEXT, Kind, Refusal, unavailable
 from regraft.serve.request_log import RequestLog
@@ -74,7 +74,6 @@ class Application:
     def __init__(self, service: Service, log: RequestLog | None = None) -> None:
         self._service = service
         self._log = log
-        self._bodies = Bodies(service.settings.limits)
         key = service.settings.key
         self._key = None if key is None else f"Bearer {key}".encode()
         # Path -> method -> handler; those of health are open to everybody.
@@ -207,13 +206,13 @@ class Application:
         return Reply()
 
     async def _object(self, request: Request) -> Mapping[str, Any]:
-        async with self._bodies.read(request.receive, request.headers) as body:
+        async with self._service.bodies.read(request.receive, request.headers) as body:
             return parse_object(body)
 
     async def _infer(self, request: Request) -> Reply:
         self._service.repository.find(*request.model)  # before megabytes are read for nothing
         headers = request.headers
-        async with self._bodies.read(request.receive, headers) as body:
+        async with self._service.bodies.read(request.receive, headers) as body:
             request.received = len(body)
             limits = self._service.settings.limits
 

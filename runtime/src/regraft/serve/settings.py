@@ -63,6 +63,7 @@ class Settings:
     Attributes:
         host: address to listen on.
         port: of HTTP; 0 takes a free one.
+        grpc_port: of gRPC, likewise; None for no gRPC.
         key: what clients must present; None lets everybody in.
         model_control: whether clients may load and unload models.
         log_requests: one JSON line a request on stdout.
@@ -73,6 +74,7 @@ class Settings:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    grpc_port: int | None = None
     key: str | None = field(default=None, repr=False)
     model_control: bool = False
     log_requests: bool = False
