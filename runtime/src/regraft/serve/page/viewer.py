@@ -7,6 +7,8 @@ at, of one model at a time, and closed once nobody has asked for a while.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import os
 import sys
 import threading
@@ -144,7 +146,8 @@ class Viewer:
     def _close_engines(self) -> None:
         if self._engines is not None:
             self._engines.close()
-        self._engines = self._model = None
+            self._engines = self._model = None
+            _give_back()
 
 
 def obstacle(model: Model) -> str:
@@ -174,6 +177,13 @@ def about(model: Model) -> dict[str, Any]:
         "variant": manifest.variant,
         "obstacle": obstacle(model),
     }
+
+
+def _give_back() -> None:
+    """Returns freed memory to the system; glibc keeps two fifths of what the graphs took."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library has no such function
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _step_back() -> None:
