@@ -21,7 +21,7 @@ FOREIGN = "model.onnx"  # an export that is not patched: the bundle has one
 SERVES = "regraft serve"  # does not end; tests/runtime/serve has it
 # Of docker, curl and tritonserver.
 OTHER_OPTIONS = {"--build-arg", "--cap-drop", "--data-binary", "--model-repository"}
-OTHER_OPTIONS |= {"--read-only", "--target"}
+OTHER_OPTIONS |= {"--read-only", "--tmpfs", "--target"}
 MODEL = "timm:vit_base_patch14_dinov2.lvd142m"
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support import bundles, pictures, triton_server
+from tests.support import bundles, environments, pictures, triton_server
 
 from regraft import Extractor
+from regraft.cli.main import main
 
 pytestmark = pytest.mark.slow
 
@@ -90,3 +91,55 @@ def test_a_client_gets_the_extractors_numbers(
         flat = right.patches.reshape(5, -1, right.patches.shape[-1])
         np.testing.assert_allclose(got["last_hidden_state"][:, prefix:], flat, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(got["pooler_output"], right.pooled, rtol=1e-4, atol=1e-4)
+
+
+PARSE = """
+import json, sys
+from google.protobuf import json_format, text_format
+from pathlib import Path
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+parsed = {}
+for file in Path(sys.argv[1]).glob("*/config.pbtxt"):
+    config = text_format.Parse(file.read_text(), ModelConfig())
+    parsed[file.parent.name] = json_format.MessageToDict(config, preserving_proto_field_name=True)
+print(json.dumps(parsed))
+"""
+
+
+@pytest.mark.parametrize("plan", [False, True])
+def test_every_option_is_what_tritons_own_message_reads(
+    bundle: Path, tmp_path: Path, plan: bool
+) -> None:
+    """With Triton's descriptor: unknown fields, wrong types and enumerations do not parse."""
+    python = environments.environment("tritonclient", ["tritonclient[grpc]==2.73.0"])
+    (tmp_path / "model.plan").write_bytes(b"machine code")
+    words = ["triton", str(bundle), "--out", str(tmp_path / "out"), "--name", "vit"]
+    words += ["--plan", str(tmp_path / "model.plan")] if plan else ["--device", "gpu"]
+    words += ["--max-batch", "8", "--instances", "2", "--preprocess-instances", "3"]
+    words += ["--max-queue", "9", "--timeout-ms", "50", "--delay-us", "100"]
+    assert main(words) == 0
+    done = subprocess.run(
+        [python, "-c", PARSE, tmp_path / "out"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    parsed = json.loads(done.stdout)
+    vit, images = parsed["vit"], parsed["vit_images"]
+    assert vit["backend"] == ("tensorrt" if plan else "onnxruntime")
+    assert vit["instance_group"] == [{"count": 2, "kind": "KIND_GPU"}]
+    assert parsed["vit_preprocess"]["instance_group"] == [{"count": 3, "kind": "KIND_CPU"}]
+    for name in ("vit", "vit_preprocess"):
+        assert parsed[name]["dynamic_batching"] == {
+            "max_queue_delay_microseconds": "100",
+            "default_queue_policy": {  # REJECT is the enumeration's zero, which JSON leaves out
+                "default_timeout_microseconds": "50000",
+                "allow_timeout_override": True,
+                "max_queue_size": 9,
+            },
+        }
+    assert [warmup["batch_size"] for warmup in vit["model_warmup"]] == [1, 8]
+    assert [step["model_name"] for step in images["ensemble_scheduling"]["step"]] == [
+        "vit_preprocess",
+        "vit",
+    ]
+    assert {config["max_batch_size"] for config in parsed.values()} == {8}

@@ -47,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--log-requests", action="store_true", help="one JSON line a request on stdout"
     )
+    parser.add_argument(
+        "--no-ui",
+        action="store_true",
+        help="no page at /, where one sees an image's maps before and after the patch",
+    )
     add_engine(parser)
     _add_batching(parser)
     _add_limits(parser)
@@ -149,6 +154,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         key=_key(args.key_file),
         model_control=args.model_control,
         log_requests=args.log_requests,
+        ui=not args.no_ui,
         drain_delay=args.drain_delay,
         drain_timeout=args.drain_timeout,
         workers=args.workers,

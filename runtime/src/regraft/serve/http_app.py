@@ -8,7 +8,7 @@ import hmac
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,9 +77,9 @@ class Application:
         key = service.settings.key
         self._key = None if key is None else f"Bearer {key}".encode()
         # Path -> method -> handler; those of health are open to everybody.
-        self._routes: list[tuple[re.Pattern[str], str, Handler, bool]] = [
-            (re.compile(path), method, handler, is_open)
-            for path, method, handler, is_open in (
+        self._routes: list[tuple[re.Pattern[str], str, Handler, bool]] = []
+        self.add(
+            (
                 ("/v2", "GET", self._metadata, False),
                 ("/v2/health/live", "GET", self._live, True),
                 ("/v2/health/ready", "GET", self._ready, True),
@@ -94,6 +94,13 @@ class Application:
                 ("/v2/repository/models/(?P<model>[^/]+)/unload", "POST", self._unload, False),
                 ("/metrics", "GET", self._metrics, False),
             )
+        )
+
+    def add(self, routes: Iterable[tuple[str, str, Handler, bool]]) -> None:
+        """Adds routes: pattern of the path, method, handler, whether it needs no key."""
+        self._routes += [
+            (re.compile(path), method, handler, is_open)
+            for path, method, handler, is_open in routes
         ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -225,7 +232,7 @@ class Application:
             work = asyncio.ensure_future(
                 self._service.infer(*request.model, decode, _to_reply, request.call)
             )
-            return await _unless_gone(work, request.receive)
+            return await unless_gone(work, request.receive)
 
 
 def _to_reply(request: InferRequest, response: InferResponse) -> Reply:
@@ -236,7 +243,7 @@ def _to_reply(request: InferRequest, response: InferResponse) -> Reply:
     return Reply(200, body, (kind, (HEADER_LENGTH, str(head))))
 
 
-async def _unless_gone(work: asyncio.Future[Reply], receive: Receive) -> Reply:
+async def unless_gone(work: asyncio.Future[Reply], receive: Receive) -> Reply:
     """The result of ``work``, which is cancelled when the client goes away."""
     gone = asyncio.ensure_future(until_gone(receive))
     both: set[asyncio.Future[Any]] = {work, gone}

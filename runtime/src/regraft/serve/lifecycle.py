@@ -23,6 +23,7 @@ import uvicorn
 from regraft.errors import InputError
 from regraft.serve.http_app import Application
 from regraft.serve.http_protocol import protocol
+from regraft.serve.page.routes import Page
 from regraft.serve.repository import Repository
 from regraft.serve.request_log import RequestLog
 from regraft.serve.service import Service
@@ -69,8 +70,10 @@ async def _serve(
     stop = _Stop()
     repository = Repository(arguments, settings, pool)
     service = Service(repository, settings)
+    application = Application(service, log)
+    page = Page(service, application) if settings.ui else None
     config = uvicorn.Config(
-        Application(service, log),
+        application,
         http=protocol(settings.limits.header_seconds),
         ws="none",
         lifespan="off",
@@ -109,6 +112,8 @@ async def _serve(
             await grpc.abort()
         forced.cancel()
         await asyncio.gather(*ends)
+        if page is not None:
+            await page.close()
         await repository.close()
 
 

@@ -67,6 +67,7 @@ class Settings:
         key: what clients must present; None lets everybody in.
         model_control: whether clients may load and unload models.
         log_requests: one JSON line a request on stdout.
+        ui: whether there is a page at ``/``.
         drain_delay: seconds between readiness going and the listeners closing.
         drain_timeout: seconds that accepted requests have to be answered after that.
         workers: threads that decode images.
@@ -78,6 +79,7 @@ class Settings:
     key: str | None = field(default=None, repr=False)
     model_control: bool = False
     log_requests: bool = False
+    ui: bool = True
     drain_delay: float = 1.0
     drain_timeout: float = 30.0
     workers: int = field(default_factory=default_workers)
