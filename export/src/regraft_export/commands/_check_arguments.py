@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.cli.options import at_least
-from regraft.errors import InputError, ModelError
+from regraft.errors import InputError, ModelError, RewriteError
 from regraft_export.commands._model_arguments import (
     add_preprocessing_arguments,
     preprocessing_overrides,
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from regraft.neurons import Neurons
     from regraft.preprocessing import Preprocessing
     from regraft.redirect import RedirectOptions
-    from regraft_export.foreign.check.compare import Checked
+    from regraft_export.foreign.check.checked import Checked
     from regraft_export.foreign.patching import Patched
     from regraft_export.foreign.survey import Survey
     from regraft_export.onnx_file.read import OnnxFile
@@ -131,6 +131,7 @@ def check(
     Raises:
         RewriteError, EngineError, ModelError: see :func:`regraft_export.foreign.check.compare`.
     """
+    from regraft.progress import Progress
     from regraft_export.foreign.check.compare import check as compare
     from regraft_export.foreign.survey import survey
     from regraft_export.onnx_file.read import OnnxFile as File
@@ -139,7 +140,11 @@ def check(
     height, width = pixels.shape[2:]
     found = survey(file, prefix=args.prefix, image_size=(height, width))
     rewritten = File(file.path, patched.proto, patched.stored, file.external)
-    return compare(found, rewritten, neurons, options, pixels)
+    with Progress(found.stack.depth, "blocks", "checking") as progress:
+        try:
+            return compare(found, rewritten, neurons, options, pixels, progress.advance)
+        except RewriteError as error:
+            raise RewriteError(f"{error}; without --check it is patched, unchecked") from None
 
 
 def lines(checked: Checked) -> Iterator[str]:
@@ -169,6 +174,3 @@ def lines(checked: Checked) -> Iterator[str]:
         yield "  one image at a time: whether images of a batch are kept apart was not checked"
     for name, reads in checked.left_out.items():
         yield f"  not checked: {name} (reads {', '.join(reads)})"
-
-
-__all__ = ["add_check_arguments", "check", "images", "lines", "refuse_alone"]

@@ -24,7 +24,7 @@ from regraft_export.commands._model_arguments import image_size
 from regraft_export.commands._redirect_arguments import add_redirect_arguments, redirect_options
 
 if TYPE_CHECKING:
-    from regraft_export.foreign.check.compare import Checked
+    from regraft_export.foreign.check.checked import Checked
     from regraft_export.foreign.patching import Patched
     from regraft_export.foreign.survey import Survey
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import helper
 
-from regraft.errors import GateError, ModelError, RewriteError
+from regraft.errors import ModelError, RewriteError
 from regraft.neurons import Neurons
-from regraft.parity import LIMITS, Comparison, Meter
+from regraft.parity import LIMITS, Meter
 from regraft.redirect import RedirectOptions
 from regraft_export.foreign.check.blocks import token_form
-from regraft_export.foreign.check.pieces import Arrays, Cutter
+from regraft_export.foreign.check.checked import Checked
+from regraft_export.foreign.check.pieces import Cutter
 from regraft_export.foreign.check.statement import Stated, state
 from regraft_export.foreign.survey import Survey
 from regraft_export.onnx_file.read import OnnxFile
@@ -24,75 +24,13 @@ _BATCH = 2  # two images show whether each is treated by itself
 _TWIN = "patched, as float32"
 
 
-@dataclass(frozen=True)
-class Checked:
-    """What the check found.
-
-    Attributes:
-        images: how many.
-        image_size: (H, W).
-        batch: images in one run.
-        precision: of the file.
-        parity: one comparison for each graph and output.
-        changes: {output: relative difference the patch makes on these images}.
-        left_out: outputs that read more than the images, with what they read.
-    """
-
-    images: int
-    image_size: tuple[int, int]
-    batch: int
-    precision: str
-    parity: tuple[Comparison, ...]
-    changes: dict[str, float]
-    left_out: dict[str, list[str]]
-
-    @property
-    def failures(self) -> list[str]:
-        """One line per missed limit, and one if the check could have told nothing."""
-        lines = [line for comparison in self.parity for line in comparison.failures]
-        if not self.parity or not self.images:
-            lines.append("nothing was compared")
-        elif max(self.changes.values()) <= LIMITS["fp32"].relative_error:
-            lines.append(
-                "on these images the patch changes nothing by more than "
-                f"{max(self.changes.values()):.1e}, so the unpatched file would pass too; give "
-                "images with outlier tokens"
-            )
-        return lines
-
-    @property
-    def passed(self) -> bool:
-        """Whether something was compared and every limit holds."""
-        return not self.failures
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "passed": self.passed,
-            "images": self.images,
-            "image_size": list(self.image_size),
-            "batch": self.batch,
-            "parity": [comparison.to_json() for comparison in self.parity],
-            "changes": self.changes,
-            "left_out": self.left_out,
-            "failures": self.failures,
-        }
-
-    def gate(self) -> None:
-        """Raises GateError, naming every missed limit, unless the check passed."""
-        if self.failures:
-            raise GateError(
-                f"the patched graph is not equal to the method: {'; '.join(self.failures)}; "
-                "nothing was written"
-            )
-
-
 def check(
     found: Survey,
     patched: OnnxFile,
     neurons: Neurons,
     options: RedirectOptions,
     pixels: NDArray[np.float32],
+    on_block: Callable[[], None] = lambda: None,
 ) -> Checked:
     """Compares a patched file with the method on images.
 
@@ -102,6 +40,7 @@ def check(
         neurons: what was redirected.
         options: of the redirect.
         pixels: (N, 3, H, W), of the survey's image size, N at least 1.
+        on_block: called after each block, for a progress bar.
 
     Raises:
         RewriteError: the check does not understand a node; the message names it.
@@ -115,13 +54,12 @@ def check(
     batches = _batches(pixels, size)
     kind = _input_type(found)
     exact = [b.astype(kind).astype(np.float32 if widen else kind) for b in batches]
-    stated = state(found, cutter, neurons, options, exact, outputs)
+    stated = state(found, cutter, neurons, options, exact, outputs, on_block)
     meters = _Meters(found, neurons, options.registers, len(pixels), size)
     taps = _taps(found, neurons, cutter.outputs)
     meters.compare("unpatched", _run(found.file, widen, found, exact, outputs, taps), stated)
-    precise = {"patched": exact} if not widen else {_TWIN: exact}
-    for graph, given in precise.items():
-        meters.compare(graph, _run(patched, widen, found, given, outputs, taps), stated)
+    graph = _TWIN if widen else "patched"
+    meters.compare(graph, _run(patched, widen, found, exact, outputs, taps), stated)
     if found.precision == "fp16":
         narrow = [b.astype(kind) for b in batches]
         meters.compare("patched", _run(patched, False, found, narrow, outputs, taps), stated)
@@ -161,7 +99,7 @@ def _input_type(found: Survey) -> np.dtype[Any]:
     return dtype
 
 
-def _taps(found: Survey, neurons: Neurons, outputs: Any) -> dict[int, str]:
+def _taps(found: Survey, neurons: Neurons, outputs: Collection[str]) -> dict[int, str]:
     """{touched layer: the tensor of its output}, but for those that are outputs of the file."""
     names = {layer: found.stack.mlps[layer].out.name for layer in neurons.layers}
     return {layer: name for layer, name in names.items() if name not in outputs}
@@ -263,6 +201,3 @@ class _Meters:
             changes,
             left_out,
         )
-
-
-__all__ = ["Arrays", "Checked", "check"]

@@ -18,12 +18,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from regraft.engines.cores import usable_cores
 from regraft.errors import EngineError, RewriteError, how_to_install
+from regraft_export.foreign.check.widen import NARROW, widen_node
 from regraft_export.onnx_file.read import OnnxFile
 
 Arrays = dict[str, NDArray[Any]]
 ASKS_SHAPE = frozenset(["Shape", "Size"])
-_NARROW = frozenset([TensorProto.FLOAT16, TensorProto.BFLOAT16])
-_TYPE_ATTRIBUTES = frozenset(["to", "dtype", "stash_type", "softmax_precision"])
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class Cutter:
         """A weight's values."""
         tensor, place = self.weights[name], self.file.stored.get(name)
         values = numpy_helper.to_array(tensor) if place is None else place.array(tensor)
-        narrow = self.widen and tensor.data_type in _NARROW
+        narrow = self.widen and tensor.data_type in NARROW
         return np.array(values, np.float32 if narrow else None, order="C")
 
 
@@ -200,7 +199,7 @@ def _model(
         node = graph.node.add()
         node.CopyFrom(cutter.node(position))
         if cutter.widen:
-            _widen(node)
+            widen_node(node)
     read = {name for i in span.nodes for name in _reads(cutter.node(i))}
     for name in sorted(read & cutter.weights.keys()):
         values = cutter.array(name)
@@ -228,26 +227,6 @@ def _placeholder(name: str, values: NDArray[Any]) -> TensorProto:
         entry = tensor.external_data.add()
         entry.key, entry.value = key, value
     return tensor
-
-
-def _widen(node: onnx.NodeProto) -> None:
-    """Makes float16 and bfloat16 float32 in what a node says of types, and in its tensors."""
-    for attribute in node.attribute:
-        if attribute.name in _TYPE_ATTRIBUTES and attribute.i in _NARROW:
-            attribute.i = TensorProto.FLOAT
-        if attribute.HasField("t") and attribute.t.data_type in _NARROW:
-            _widen_tensor(attribute.t)
-        for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-            for inner in graph.node:
-                _widen(inner)
-            for tensor in graph.initializer:
-                if tensor.data_type in _NARROW:
-                    _widen_tensor(tensor)
-
-
-def _widen_tensor(tensor: TensorProto) -> None:
-    values = numpy_helper.to_array(tensor).astype(np.float32)
-    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
 
 def _reads(node: onnx.NodeProto) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from regraft.neurons import Neurons
 from regraft.redirect import RedirectOptions
 from regraft_export.foreign.check.blocks import (
     Block,
-    boundaries,
     prove_tokenwise,
     token_form,
 )
@@ -56,6 +55,7 @@ def state(
     options: RedirectOptions,
     batches: Sequence[NDArray[Any]],
     outputs: Sequence[str],
+    on_block: Callable[[], None],
 ) -> list[Stated]:
     """Runs the method.
 
@@ -66,6 +66,7 @@ def state(
         options: of the redirect.
         batches: pixels, all of one shape.
         outputs: which outputs of the file.
+        on_block: called after each block.
 
     Returns:
         One for each batch.
@@ -93,6 +94,7 @@ def state(
                 if block.layer in touched:
                     tokens[i][block.layer] = block.forms[block.output].batch_first(x[i])
                 last[i] |= _without_registers(block, values, tail.span.met, len(pixels))
+        on_block()
     with tail:
         ends = [tail.run({image: p, **kept}) for p, kept in zip(batches, last, strict=True)]
     return [Stated(end, kept) for end, kept in zip(ends, tokens, strict=True)]
@@ -159,6 +161,3 @@ def _without_registers(block: Block, values: Arrays, wanted: Collection[str], ba
             form = block.forms[name]
             kept[name] = form.together(values[name].take(np.arange(T), form.axis))
     return kept
-
-
-__all__ = ["Stated", "ask_shapes", "boundaries", "state"]
