@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.cli.options import at_least
-from regraft.errors import InputError, ModelError, RewriteError
+from regraft.errors import EngineError, InputError, ModelError, RewriteError
 from regraft_export.commands._model_arguments import (
     add_preprocessing_arguments,
     preprocessing_overrides,
@@ -145,6 +145,11 @@ def check(
             return compare(found, rewritten, neurons, options, pixels, progress.advance)
         except RewriteError as error:
             raise RewriteError(f"{error}; without --check it is patched, unchecked") from None
+        except EngineError as error:
+            if not found.image.open_size:
+                raise
+            cure = "if the file does not take that, give a size it takes with --image-size"
+            raise EngineError(f"{error}; the images were {height} x {width}: {cure}") from None
 
 
 def lines(checked: Checked) -> Iterator[str]:
