@@ -234,3 +234,27 @@ def test_the_check_imports_nothing_of_the_rewrite() -> None:
             module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
             if module.startswith("regraft_export") and not module.startswith(allowed):
                 assert {a.name for a in node.names} <= surveying.get(module, set()), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "exporter"),
+    [
+        ("vit_base_patch16_224", "dynamo"),
+        ("vit_base_patch16_clip_224", "torchscript"),
+        ("vit_small_patch14_dinov2", "dynamo"),
+        ("vit_base_patch16_siglip_224", "torchscript"),
+    ],
+)
+def test_published_sizes(name: str, exporter: str, tmp_path: Path) -> None:
+    import timm
+
+    size = (518, 518) if "dinov2" in name else (224, 224)
+    module = models.livened(timm.create_model(name, pretrained=False, num_classes=0))
+    if exporter == "dynamo":
+        dynamo(module, size, tmp_path / "in.onnx", 20)
+    else:
+        torchscript(module, size, tmp_path / "in.onnx", 17, BATCH)
+    chosen = [RegisterNeuron(layer, index) for layer in (4, 5, 6) for index in (3, 50, 700)]
+    result = checked(tmp_path / "in.onnx", Neurons(tuple(chosen)), PAPER, pixels(3, size))
+    assert_equal(result)
