@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +15,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from tests.support import handmade_vit, models
+from tests.support.exporters import ANY, BATCH, CASES, EVERYTHING, AnySize, dynamo, torchscript
 from tests.support.graphs import open_session
 from tests.support.traces import error
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from regraft.neurons import Neurons, RegisterNeuron
@@ -33,80 +31,6 @@ from regraft_export.onnx_file.read import read_file
 from regraft_export.onnx_file.write import write_file
 from regraft_export.vit.hooks import redirected
 from regraft_export.vit.structure import VisionTransformer, from_module
-
-EVERYTHING = RedirectOptions(
-    value="per-layer", cls="keep", patches="only-outliers", registers=2, scale=(1.0, 0.5)
-)
-
-
-def dynamo(module: nn.Module, size: tuple[int, int], path: Path, opset: int, **more: Any) -> None:
-    example = torch.zeros(2, 3, *size, dtype=next(module.parameters()).dtype)
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            module,
-            (example,),
-            dynamo=True,
-            opset_version=opset,
-            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-            verbose=False,
-            **more,
-        )
-    assert program is not None
-    onnx.save(program.model_proto, path)
-
-
-def torchscript(
-    module: nn.Module, size: tuple[int, int], path: Path, opset: int, axes: Any = None
-) -> None:
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            module,
-            (torch.zeros(1, 3, *size),),
-            str(path),
-            dynamo=False,
-            opset_version=opset,
-            input_names=["pixel_values"],
-            dynamic_axes=None if axes is None else {"pixel_values": axes},
-        )
-
-
-BATCH = {0: "batch"}
-ANY = {0: "batch", 2: "height", 3: "width"}
-CASES = [
-    ("timm", "dynamo", 18, {}),
-    ("timm", "dynamo", 23, {}),
-    ("timm_swiglu", "dynamo", 20, {"optimize": False}),
-    ("timm_clip", "dynamo", 24, {}),
-    ("hf_vit", "dynamo", 23, {"optimize": False}),
-    ("hf_dinov2", "dynamo", 20, {}),
-    ("timm", "torchscript", 14, {"axes": BATCH}),
-    ("timm", "torchscript", 17, {}),
-    ("timm_clip", "torchscript", 14, {}),
-    ("timm_siglip", "torchscript", 18, {"axes": BATCH}),
-    ("timm_swiglu", "torchscript", 17, {"axes": BATCH}),
-    ("hf_clip", "torchscript", 17, {"axes": BATCH}),
-    ("hf_dinov2", "torchscript", 18, {"axes": ANY}),
-    ("hf_clip_projection", "dynamo", 18, {}),
-]
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``file(family, exporter, opset, options)``: a file as that exporter writes it."""
-    folder, made = tmp_path_factory.mktemp("foreign"), dict[str, Path]()
-
-    def get(family: str, exporter: str, opset: int, options: Any) -> Path:
-        name = f"{family}-{exporter}-{opset}-{'-'.join(map(str, options))}"
-        if name not in made:
-            made[name] = folder / f"{name}.onnx"
-            write = dynamo if exporter == "dynamo" else torchscript
-            size = models.FAMILIES[family].size
-            write(models.vit(family).module, size, made[name], opset, **options)
-        return made[name]
-
-    return get
 
 
 def patched(
@@ -181,21 +105,6 @@ def test_a_gemm_over_rows_of_tokens(value: Any, tmp_path: Path) -> None:
     assert "Gemm" in {n.op_type for n in onnx.load(tmp_path / "in.onnx").graph.node}
     patched(tmp_path / "in.onnx", neurons, options, tmp_path / "out.onnx")
     assert error(outputs(tmp_path / "out.onnx", pixels.numpy())[0], expected) < 1e-5
-
-
-class AnySize(handmade_vit.HandmadeVit):
-    """Positions are resampled to the image."""
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        grid = self.cut(pixels)
-        at = self.positions[:, 1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
-        at = F.interpolate(at, size=grid.shape[2:], mode="bilinear")
-        patches = (grid + at).flatten(2).transpose(1, 2)
-        first = (self.cls_token + self.positions[:, :1]).expand(pixels.shape[0], -1, -1)
-        x = torch.cat([first, patches], dim=1)
-        for layer in self.layers:
-            x = layer(x)
-        return self.last(x)
 
 
 @pytest.mark.parametrize(

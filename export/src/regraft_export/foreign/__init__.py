@@ -13,4 +13,5 @@ No PyTorch is needed: the graph is all there is, so every place is found by stru
 - ``exits.py``: rewrite: the registers are cut off wherever tokens leave the stack.
 - ``belongs.py``: whether neurons belong to a file.
 - ``patching.py``: a patched file from all of them.
+- ``check/``: a patched file held to the method in numpy; shares no code with the rewrite.
 """
