@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.machine import RESULTS, circumstances, write_results
 from regraft.timing import Ratio, Times, race
 from regraft_export.finding.outliers import Detection, detect
+from regraft_export.finding.pytorch import PyTorchSubject
 from regraft_export.finding.score import Scores, gather_norms, score_neurons
 from regraft_export.vit.structure import VisionTransformer, first_tensor, from_module
 
@@ -64,8 +65,9 @@ def _measure(layer: int, args: argparse.Namespace) -> dict[str, Any]:
     pixels = torch.randn(args.images, 3, *size, generator=torch.Generator().manual_seed(1))
     batches = torch.split(pixels, args.batch_size)
     _plant(vit, layer, batches[0])
-    detection = detect(gather_norms(vit, batches))
-    _check(score_neurons(vit, batches, detection), layer)
+    subject, arrays = PyTorchSubject(vit), [batch.numpy() for batch in batches]
+    detection = detect(gather_norms(subject, arrays))
+    _check(score_neurons(subject, arrays, detection), layer)
     times = race(_rivals(vit, batches, detection), seconds=args.seconds, rounds=args.rounds)
     return {
         "layer": layer,
@@ -79,19 +81,21 @@ def _measure(layer: int, args: argparse.Namespace) -> dict[str, Any]:
 def _rivals(
     vit: VisionTransformer, batches: tuple[Tensor, ...], detection: Detection
 ) -> dict[str, Callable[[], object]]:
+    subject, arrays = PyTorchSubject(vit), [batch.numpy() for batch in batches]
+
     def plain() -> None:
         with torch.inference_mode():
             for pixels in batches:
                 vit.module(pixels)
 
     def detecting() -> Detection:
-        return detect(gather_norms(vit, batches))
+        return detect(gather_norms(subject, arrays))
 
     def scoring() -> Scores:
-        return score_neurons(vit, batches, detection)
+        return score_neurons(subject, arrays, detection)
 
     def both() -> Scores:
-        return score_neurons(vit, batches, detecting())
+        return score_neurons(subject, arrays, detecting())
 
     return {
         "plain passes": plain,

@@ -116,6 +116,7 @@ def _find(
     from regraft.progress import Progress
     from regraft_export.finding.find import FindOptions, find_neurons
     from regraft_export.finding.parts import FileImages
+    from regraft_export.finding.pytorch import PyTorchSubject
     from regraft_export.vit.structure import from_module
 
     bars: list[Progress] = []
@@ -153,8 +154,8 @@ def _find(
         "image_size": list(loaded.preprocessing.image_size),
         "preprocessing": loaded.preprocessing.to_json(),
     }
-    vit = from_module(module, loaded.preprocessing.image_size)
-    return loaded, find_neurons(vit, images, options, about=about, progress=start)
+    subject = PyTorchSubject(from_module(module, loaded.preprocessing.image_size))
+    return loaded, find_neurons(subject, images, options, about=about, progress=start)
 
 
 def _device(name: str) -> Any:
