@@ -10,7 +10,7 @@ from regraft.cli.options import integers
 from regraft.errors import InputError
 
 if TYPE_CHECKING:
-    from regraft_export.sources import LoadedModel
+    from regraft_export.sources import LoadedModel, PreprocessingOverrides
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 _CROP_MODES = ("center", "squash", "border")
@@ -57,14 +57,26 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
         InputError: ``--image-size`` has more than two numbers.
         ModelError: see :func:`regraft_export.sources.load`.
     """
-    from regraft_export.sources import PreprocessingOverrides, load
+    from regraft_export.sources import load
+
+    given = overrides(args)
+    return load(args.model, weights=args.weights, overrides=given, trust_repo=args.trust_repo)
+
+
+def overrides(args: argparse.Namespace) -> PreprocessingOverrides:
+    """The preprocessing that the arguments set by hand.
+
+    Raises:
+        InputError: ``--image-size`` has more than two numbers.
+    """
+    from regraft_export.sources import PreprocessingOverrides
 
     size = args.image_size
     if size is not None and len(size) > 2:
         raise InputError(
             f"--image-size has {len(size)} numbers; expected one, or two: height,width"
         )
-    overrides = PreprocessingOverrides(
+    return PreprocessingOverrides(
         image_size=None if size is None else (size[0], size[-1]),
         mean=None if args.mean is None else (args.mean[0], args.mean[1], args.mean[2]),
         std=None if args.std is None else (args.std[0], args.std[1], args.std[2]),
@@ -72,4 +84,3 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
         crop_pct=args.crop_pct,
         crop_mode=args.crop_mode,
     )
-    return load(args.model, weights=args.weights, overrides=overrides, trust_repo=args.trust_repo)
