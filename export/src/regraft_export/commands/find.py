@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    add_model_arguments(parser)
+    add_model_arguments(
+        parser,
+        also=", or IN.onnx as an exporter wrote it, which has no preprocessing: give all of it",
+    )
     parser.add_argument(
         "--images",
         required=True,
@@ -46,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=at_least(1), metavar="N", help="decoding threads (one per core)"
     )
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu (default), cuda, cuda:1, ... (ONNX files: cpu)"
+    )
     parser.add_argument("--strict", action="store_true", help="exit 1 if an image cannot be read")
     add_force(parser)
     parser.add_argument("--json", action="store_true", help="print the figures for machines")

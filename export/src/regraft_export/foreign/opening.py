@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
 from onnx import TensorProto
 
 from regraft.errors import ModelError
@@ -79,12 +78,17 @@ def open_file(
 
 def _check_input(found: Survey) -> None:
     image = found.image
+    if others := sorted(found.inputs_of(found.last) - {image.name}):
+        raise ModelError(
+            f"{found.file.path}: its blocks also read the input {', '.join(others)}; expected "
+            "images alone: export it without these inputs"
+        )
     inputs = {i.name: i for i in found.file.skeleton.graph.input}
     kind = inputs[image.name].type.tensor_type.elem_type
     if kind not in _FLOATS or image.shape[1] not in (None, 3):
         dims = ", ".join(str(n or "any") for n in image.shape)
         raise ModelError(
-            f"{found.file.path}: its input {image.name!r} takes {onnx.TensorProto.DataType.Name(kind)} "
+            f"{found.file.path}: its input {image.name!r} takes {TensorProto.DataType.Name(kind)} "
             f"({dims}); expected preprocessed images: floating point (batch, 3, H, W)"
         )
 

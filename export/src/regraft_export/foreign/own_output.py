@@ -92,7 +92,7 @@ def _fitting(found: Survey) -> Iterator[OwnOutput]:
         shape = found.shapes.of(value)
         if shape is None or shape[:1] != (batch,) or not found.reach.computes(found.last, value):
             continue
-        if _inputs(found, value) != {found.image.name}:
+        if found.inputs_of(value) != {found.image.name}:
             continue
         if len(shape) == 2:
             yield OwnOutput(value.name, "pooled")
@@ -100,12 +100,6 @@ def _fitting(found: Survey) -> Iterator[OwnOutput]:
             yield OwnOutput(value.name, "class token" if prefix else "mean patch", prefix)
         elif len(shape) == 3 and shape[1] == entry.count - prefix:
             yield OwnOutput(value.name, "mean patch")
-
-
-def _inputs(found: Survey, value: Any) -> set[str]:
-    nodes = found.reach.nodes_of(found.reach.behind(value))
-    read = {id(t) for node in nodes for t in node.inputs}
-    return {t.name for t in found.view.graph.inputs if id(t) in read}
 
 
 def _listed(found: Survey) -> str:

@@ -215,15 +215,7 @@ class OnnxSubject:
                 place = graph.blocks[part.start - 1]
                 given[place.name] = (place.kind, 2 if place.along.flat else 3)
             model = subgraph(graph.model, given, part.outputs)
-            path = self._found.file.path
-            session = Session(model, self._weights, path)
-            known = {self._image, *given, *map(sign_of, range(len(self.hidden)))}
-            if other := sorted(set(session.inputs) - known):
-                raise ModelError(
-                    f"{path}: to run the blocks on images it also takes {', '.join(other)}; "
-                    "expected images alone: export it without these inputs"
-                )
-            self._sessions[part] = session
+            self._sessions[part] = Session(model, self._weights, self._found.file.path)
         return self._sessions[part]
 
 

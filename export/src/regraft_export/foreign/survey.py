@@ -69,6 +69,12 @@ class Survey:
         """The nodes behind the last block's output, by id."""
         return frozenset(id(n) for n in self.reach.nodes_of(self.reach.behind(self.last)))
 
+    def inputs_of(self, value: gs.Tensor) -> set[str]:
+        """Names of the graph's inputs that a tensor is computed from."""
+        nodes = self.reach.nodes_of(self.reach.behind(value))
+        read = {id(t) for node in nodes for t in node.inputs}
+        return {t.name for t in self.view.graph.inputs if id(t) in read}
+
     def layout(self, registers: int, *, exact: bool) -> TokenLayout:
         """Token counts at the size the graph was walked.
 

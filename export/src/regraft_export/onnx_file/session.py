@@ -80,7 +80,12 @@ class Session:
         options.enable_cpu_mem_arena = False
         options.add_session_config_entry("session.disable_prepacking", "1")
         names = [t.name for t in model.graph.initializer if t.name in weights]
-        options.add_external_initializers(names, [weights.value(name) for name in names])
+        values = [weights.value(name) for name in names]
+        # The optimiser reads the first, of which it makes copies, and running reads the second,
+        # which are shared; with one of them alone every session kept a copy, or none could load.
+        options.add_external_initializers(names, values)
+        for name, value in zip(names, values, strict=True):
+            options.add_initializer(name, value)
         half = any(t.data_type == TensorProto.FLOAT16 for t in model.graph.initializer)
         try:
             self._session = ort.InferenceSession(
