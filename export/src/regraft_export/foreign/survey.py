@@ -150,7 +150,7 @@ def _refuse(file: OnnxFile) -> None:
     names = (n.name for n in file.skeleton.graph.node)
     marked = any(entry.key == MARK for entry in file.skeleton.metadata_props)
     if marked or any(name.startswith("regraft.append_register") for name in names):
-        raise ModelError(f"{file.path}: is patched already; patch the file it was made from")
+        raise ModelError(f"{file.path}: is patched already; take the file it was made from")
     if file.opset < MIN_OPSET:
         raise ModelError(
             f"{file.path}: is of opset {file.opset}; expected {MIN_OPSET} or later: export it "
