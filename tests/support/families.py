@@ -174,7 +174,7 @@ EXPORTED = {
     ),
     "timm_siglip": _timm("vit_base_patch16_siglip_224", 64, 8, 0, patch_size=8, **_TIMM),
     "hf_clip": _hf(tf.CLIPVisionModel, tf.CLIPVisionConfig, 1, **_HF),
-    "hf_vit_tokens": _hf(tf.ViTModel, tf.ViTConfig, 1, **_HF, pooler_output_size=48),
+    "hf_vit": _hf(tf.ViTModel, tf.ViTConfig, 1, **_HF, pooler_output_size=48),
     **{name: SMALL[name] for name in ("open_clip", "hub_dinov2_g_reg", "hf_siglip")},
 }
 

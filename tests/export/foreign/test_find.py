@@ -300,6 +300,20 @@ def test_neurons_of_another_fine_tune_do_not_patch(
         assert ("differs from the fingerprint" in err) == bool(code)
 
 
+def test_fp16_gives_the_same_units(find: Regraft, tmp_path: Path) -> None:
+    import copy
+
+    module, family = planted("timm_vit")
+    path = tmp_path / "fp16.onnx"
+    dynamo(copy.deepcopy(module).half(), (family.size, family.size), path, 20)
+    code, out, err = find(path, *COLOURS, *GEOMETRY)
+    assert (code, err) == (0, "")
+    assert "float32 twin" not in out
+    found = Neurons.load(tmp_path / "n.json")
+    assert found.about["precision"] == "fp16"
+    assert {(n.layer, n.index) for n in found.neurons} == {(1, 5), (1, 60)}
+
+
 def test_bf16_says_that_it_runs_as_its_twin(
     find: Regraft, tmp_path: Path, regraft: Regraft
 ) -> None:
