@@ -10,9 +10,7 @@ from typing import Any
 
 import onnx
 import torch
-from tests.support import handmade_vit
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from regraft.redirect import RedirectOptions
 
@@ -44,13 +42,15 @@ def torchscript(
     path: Path,
     opset: int,
     axes: Any = None,
+    *,
     batch: int = 1,
+    channels: int = 3,
 ) -> None:
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module,
-            (torch.zeros(batch, 3, *size),),
+            (torch.zeros(batch, channels, *size),),
             str(path),
             dynamo=False,
             opset_version=opset,
@@ -77,18 +77,3 @@ CASES = [
     ("hf_dinov2", "torchscript", 18, {"axes": ANY}),
     ("hf_clip_projection", "dynamo", 18, {}),
 ]
-
-
-class AnySize(handmade_vit.HandmadeVit):
-    """Positions are resampled to the image."""
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        grid = self.cut(pixels)
-        at = self.positions[:, 1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
-        at = F.interpolate(at, size=grid.shape[2:], mode="bilinear")
-        patches = (grid + at).flatten(2).transpose(1, 2)
-        first = (self.cls_token + self.positions[:, :1]).expand(pixels.shape[0], -1, -1)
-        x = torch.cat([first, patches], dim=1)
-        for layer in self.layers:
-            x = layer(x)
-        return self.last(x)

@@ -17,7 +17,7 @@ from tests.export.foreign.test_optimum import NEURONS as OPTIMUM_NEURONS
 from tests.support import handmade_vit, models
 from tests.support.algorithm2 import redirect as with_loops
 from tests.support.checking import checked
-from tests.support.exporters import ANY, BATCH, CASES, EVERYTHING, AnySize, dynamo, torchscript
+from tests.support.exporters import ANY, BATCH, CASES, EVERYTHING, dynamo, torchscript
 from tests.support.pictures import pixels
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -104,7 +104,7 @@ def test_narrow_files(precision: str, options: RedirectOptions, tmp_path: Path) 
 def test_a_file_for_any_image_size(
     size: tuple[int, int], options: RedirectOptions, tmp_path: Path
 ) -> None:
-    module = AnySize()
+    module = handmade_vit.AnySize()
     module.load_state_dict(handmade_vit.planted()[0].state_dict())
     module.eval().requires_grad_(False)
     torchscript(module, (32, 32), tmp_path / "in.onnx", 17, ANY)
@@ -188,16 +188,10 @@ def test_tokens_first_and_a_fixed_batch(batch: int | None, tmp_path: Path) -> No
 
 
 def test_rows_of_tokens(tmp_path: Path) -> None:
-    class Flat(handmade_vit.Block):
-        def forward(self, x: Tensor) -> Tensor:
-            x = x + self.attention(self.before_attention(x))
-            rows = self.before_mlp(x).reshape(-1, handmade_vit.WIDTH)
-            return x + self.narrow(F.gelu(self.widen(rows))).reshape(x.shape)
-
     module, _ = handmade_vit.planted()
     module.eval().requires_grad_(False)
     for block in module.layers:  # type: ignore[union-attr]  # nn.Module gives no types
-        block.__class__ = Flat
+        block.__class__ = handmade_vit.FlatBlock
     torchscript(module, (32, 32), tmp_path / "in.onnx", 17, BATCH)
     for options in PAPER, RedirectOptions(patches="mean"):
         assert_equal(checked(tmp_path / "in.onnx", NEURONS, options, pixels(3, (32, 32))))

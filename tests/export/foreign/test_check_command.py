@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 import pytest
 from tests.support import handmade_vit, pictures
-from tests.support.exporters import ANY, BATCH, AnySize, torchscript
+from tests.support.exporters import ANY, BATCH, torchscript
 
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft_export.foreign import patching
@@ -164,7 +164,7 @@ def test_options_that_need_check(path: Path, listed: Callable[..., Path], regraf
 def test_a_file_for_any_size_is_checked_at_the_neurons_own(
     listed: Callable[..., Path], images: Path, tmp_path: Path, regraft: Regraft
 ) -> None:
-    module = AnySize()
+    module = handmade_vit.AnySize()
     module.load_state_dict(handmade_vit.planted()[0].state_dict())
     torchscript(module.eval().requires_grad_(False), (32, 32), tmp_path / "in.onnx", 17, ANY)
     words = ("patch", tmp_path / "in.onnx", "--dry-run", "--check", images, "--neurons")

@@ -15,11 +15,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from tests.support import handmade_vit, models
-from tests.support.exporters import ANY, BATCH, CASES, EVERYTHING, AnySize, dynamo, torchscript
+from tests.support.exporters import ANY, BATCH, CASES, EVERYTHING, dynamo, torchscript
+from tests.support.foreign_files import REFUSALS, bad
 from tests.support.graphs import open_session
 from tests.support.traces import error
 from torch import Tensor
-from torch.nn import functional as F
 
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft.parity import LIMITS
@@ -87,12 +87,6 @@ def test_a_patched_file_equals_pytorch_with_hooks(
 
 @pytest.mark.parametrize("value", ["per-neuron", "constant"])
 def test_a_gemm_over_rows_of_tokens(value: Any, tmp_path: Path) -> None:
-    class Flat(handmade_vit.Block):
-        def forward(self, x: Tensor) -> Tensor:
-            x = x + self.attention(self.before_attention(x))
-            rows = self.before_mlp(x).reshape(-1, handmade_vit.WIDTH)
-            return x + self.narrow(F.gelu(self.widen(rows))).reshape(x.shape)
-
     module, _ = handmade_vit.planted()
     vit = from_module(module.eval().requires_grad_(False), (32, 32))
     neurons = models.neurons(vit, layers=(1, 2))
@@ -100,7 +94,7 @@ def test_a_gemm_over_rows_of_tokens(value: Any, tmp_path: Path) -> None:
     pixels = images((32, 32))
     expected = right(vit, pixels, neurons, options)[0]
     for block in module.layers:  # type: ignore[union-attr]  # nn.Module gives no types
-        block.__class__ = Flat
+        block.__class__ = handmade_vit.FlatBlock
     torchscript(module, (32, 32), tmp_path / "in.onnx", 17, BATCH)
     assert "Gemm" in {n.op_type for n in onnx.load(tmp_path / "in.onnx").graph.node}
     patched(tmp_path / "in.onnx", neurons, options, tmp_path / "out.onnx")
@@ -113,7 +107,7 @@ def test_a_gemm_over_rows_of_tokens(value: Any, tmp_path: Path) -> None:
     ids=["paper", "everything", "constant"],
 )
 def test_a_file_for_any_image_size_stays_one(options: RedirectOptions, tmp_path: Path) -> None:
-    module = AnySize()
+    module = handmade_vit.AnySize()
     module.load_state_dict(handmade_vit.planted()[0].state_dict())
     module.eval().requires_grad_(False)
     torchscript(module, (32, 32), tmp_path / "in.onnx", 17, ANY)
@@ -317,54 +311,6 @@ def test_another_fine_tune_is_refused_unless_forced(
     assert "(forced)" in err
 
 
-def bad(kind: str, folder: Path, file: Callable[..., Path]) -> Path:
-    """A file that must be refused."""
-    path = folder / "in.onnx"
-    good = file("timm", "dynamo", 18, {})
-    model = onnx.load(good)
-    if kind == "truncated":
-        path.write_bytes(good.read_bytes()[:-1000])
-    elif kind == "text":
-        path.write_text("no model at all")
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "no data":
-        onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=256)
-        (folder / "w.bin").unlink()
-    elif kind == "short data":
-        onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=256)
-        (folder / "w.bin").write_bytes((folder / "w.bin").read_bytes()[:-4096])
-    elif kind == "outside":
-        onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=256)
-        path.write_bytes(path.read_bytes().replace(b"w.bin", b"/etc/"))
-    elif kind == "old":
-        model.opset_import[0].version = 12
-        onnx.save(model, path)
-    elif kind == "fused":
-        node = next(n for n in model.graph.node if n.op_type == "LayerNormalization")
-        node.op_type, node.domain = "SkipLayerNormalization", "com.microsoft"
-        onnx.save(model, path)
-    elif kind == "no transformer":
-        x = onnx.helper.make_tensor_value_info("x", 1, [2, 3])
-        y = onnx.helper.make_tensor_value_info("y", 1, [2, 3])
-        graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
-        onnx.save(onnx.helper.make_model(graph), path)
-    return path
-
-
-REFUSALS = {
-    "truncated": "is truncated or no ONNX file",
-    "text": "is truncated or no ONNX file",
-    "empty": "is truncated or no ONNX file (it is empty)",
-    "no data": "external data file 'w.bin', which cannot be read (No such file or directory)",
-    "short data": "it is truncated or belongs to another model",
-    "outside": "expected a file in the folder of the model, or below it",
-    "old": "is of opset 12; expected 13 or later",
-    "fused": "fused already (SkipLayerNormalization, of ONNX Runtime's optimiser); patch the file",
-    "no transformer": "no stack of transformer blocks was found",
-}
-
-
 @pytest.mark.parametrize("kind", REFUSALS)
 def test_bad_files_get_one_message_and_nothing_is_written(
     kind: str,
@@ -372,7 +318,7 @@ def test_bad_files_get_one_message_and_nothing_is_written(
     tmp_path: Path,
     regraft: Callable[..., tuple[int, str, str]],
 ) -> None:
-    path = bad(kind, tmp_path, file)
+    path = bad(kind, tmp_path, file("timm", "dynamo", 18, {}))
     neurons = listed(tmp_path / "n.json", [(0, 3)])
     before = {p.name for p in tmp_path.iterdir()}
     code, out, err = regraft("patch", path, "--neurons", neurons, "--out", tmp_path / "o.onnx")

@@ -10,22 +10,26 @@ from regraft.cli.options import integers
 from regraft.errors import InputError
 
 if TYPE_CHECKING:
-    from regraft_export.sources import LoadedModel
-    from regraft_export.sources.data_config import PreprocessingOverrides
+    from regraft_export.sources import LoadedModel, PreprocessingOverrides
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 _CROP_MODES = ("center", "squash", "border")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares MODEL, ``--weights`` and what overrides the model's own preprocessing."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, also: str = "") -> None:
+    """Declares MODEL, ``--weights`` and what overrides the model's own preprocessing.
+
+    Args:
+        parser: of the command.
+        also: what else MODEL may be there, for its help.
+    """
     parser.add_argument(
         "model",
         metavar="MODEL",
         help="timm:NAME, hf:REPO_OR_FOLDER, open_clip:ARCH/PRETRAINED, hub:REPO:ENTRY (torch.hub; "
         "runs the repository's code), or python:FILE.py:FUNCTION, a function that returns an "
         "nn.Module, or a pair of it and a dict with timm's data-config names (models of "
-        "timm.create_model bring their own)",
+        f"timm.create_model bring their own){also}",
     )
     parser.add_argument(
         "--weights",
@@ -75,7 +79,7 @@ def preprocessing_overrides(args: argparse.Namespace) -> PreprocessingOverrides:
     Raises:
         InputError: ``--image-size`` has more than two numbers.
     """
-    from regraft_export.sources.data_config import PreprocessingOverrides
+    from regraft_export.sources import PreprocessingOverrides
 
     return PreprocessingOverrides(
         image_size=image_size(args.image_size),
