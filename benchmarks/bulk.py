@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from benchmarks.extract import _pictures
+from benchmarks.extract import pictures
 from benchmarks.machine import RESULTS, circumstances, write_results
 
 WAYS = {"one process": [], "two processes": ["--processes", "2"], "ray, one node": ["--ray"]}
@@ -41,7 +41,7 @@ def main() -> None:
         way: {count: [] for count in args.images} for way in ways
     }
     with tempfile.TemporaryDirectory() as folder:
-        paths = _pictures(Path(folder), 16, args.megapixels)
+        paths = pictures(Path(folder), 16, args.megapixels)
         for number in range(args.rounds):
             order = list(ways) if number % 2 == 0 else list(reversed(ways))
             for way in order:

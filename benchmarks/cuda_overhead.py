@@ -55,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="vit_base_patch16_224", help="timm name")
     parser.add_argument("--image-size", type=int, help="pixels (default: the model's)")
+    parser.add_argument("--depth", type=int, help="fewer blocks than the model has")
     parser.add_argument("--precision", default="fp16", choices=["fp16", "bf16"])
     parser.add_argument("--touched", type=int, nargs="+", default=[4, 5, 6], help="layers")
     parser.add_argument("--neurons", type=int, default=10, help="in all")
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "cuda_overhead.json")
     args = parser.parse_args()
     torch.manual_seed(0)
-    vit = vits.load(args.model, args.image_size)
+    vit = vits.load(args.model, args.image_size, args.depth)
     neurons = vits.some_neurons(vit, args.touched, args.neurons)
     if args.export:
         _export(args.export, vit, neurons, args)
@@ -217,6 +218,7 @@ class _Cell:
             "model": self.args.model,
             "image_size": list(vits.image_size(self.vit)),
             "tokens": self.vit.layout.count,
+            "blocks": self.vit.layout.depth,
             "precision": self.args.precision,
             "touched_layers": self.args.touched,
             "neurons": self.args.neurons,
@@ -267,7 +269,8 @@ def _key(cell: dict[str, Any]) -> tuple[Any, ...]:
 def _rows(cell: dict[str, Any]) -> list[str]:
     size = "x".join(map(str, cell["image_size"]))
     rows = [
-        f"{cell['model']}, {size}, {cell['tokens']} tokens, {cell['precision']}, batch "
+        f"{cell['model']}, {size}, {cell['tokens']} tokens, {cell['blocks']} blocks, "
+        f"{cell['precision']}, batch "
         f"{cell['batch']}, layers {cell['touched_layers']} touched, {cell['engine']['device']}",
         "",
         "| rival | ms | single run (p99) | over baseline | hooks over it | images/s | MiB |",

@@ -35,14 +35,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "extract.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        paths = _pictures(Path(folder), args.images, args.megapixels)
+        paths = pictures(Path(folder), args.images, args.megapixels)
         result = {**circumstances("benchmarks.extract"), **_measure(args, paths)}
     table = _table(result)
     print("\n".join(table))
     write_results(args.out, result, table)
 
 
-def _pictures(folder: Path, count: int, megapixels: float) -> list[Path]:
+def pictures(folder: Path, count: int, megapixels: float) -> list[Path]:
     """JPEG files with the texture of photographs, 4:3."""
     height = int((megapixels * 1e6 * 3 / 4) ** 0.5)
     size, rng = (height * 4 // 3, height), np.random.default_rng(0)

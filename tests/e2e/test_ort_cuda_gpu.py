@@ -1,7 +1,4 @@
-"""ort-cuda on a card, from export to features: `make test-gpu`.
-
-Written without a card at hand and not run yet, but for its collection.
-"""
+"""ort-cuda on a card, from export to features: `make test-gpu`."""
 
 from __future__ import annotations
 
@@ -12,15 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.support import bundles, pictures
+from tests.support import bundles, graphs, models, pictures
+from tests.support.families import SMALL, planted_module, units_of
 
 from regraft.building import build, plan
 from regraft.bundle import Bundle
 from regraft.engines import Engine, EngineOptions, open_engine
 from regraft.engines.cuda_runtime import Cuda
+from regraft.neurons import Neurons, RegisterNeuron
 from regraft.parity import LIMITS, Meter
+from regraft.redirect import RedirectOptions
 from regraft_export.exporting import ExportOptions
+from regraft_export.graph.cuda.fuse import fuse, prepare
+from regraft_export.graph.patch import Patch, Wanted
 from regraft_export.reference import PyTorchReference
+from regraft_export.trace import trace
+from regraft_export.vit.structure import from_module
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -83,6 +87,36 @@ def test_changing_batches_give_the_references_features(
             pixels = pictures.pixels(count, bundles.SIZE)
             right = reference().run("model", pixels, list(engine.outputs))
             assert_equal(engine.run(pixels), right, built.manifest.precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "open_clip"])
+def test_every_family_equals_the_cpu(name: str, precision: str, tmp_path: Path) -> None:
+    family = SMALL[name]
+    size = (family.size, family.size)
+    vit = from_module(models.livened(family.visual(planted_module(family))).eval(), size)
+    neurons = Neurons(tuple(RegisterNeuron(*unit) for unit in units_of(family)))
+    pixels = pictures.pixels(5, size)
+    exact, traced = (prepare(trace(vit, size, kind)) for kind in ("fp32", precision))
+    for patch in (None, Patch(neurons, RedirectOptions())):
+        right = graphs.run_whole(
+            fuse(exact, patch, Wanted()).proto, {"pixel_values": pixels}, optimize=False
+        )
+        file = tmp_path / "model.cuda.onnx"
+        file.write_bytes(fuse(traced, patch, Wanted()).proto.SerializeToString())
+        with open_engine(file, "ort-cuda", precision=precision) as engine:
+            for _ in range(3):  # as it is, recorded, replayed
+                assert_equal(engine.run(pixels), right, precision)
+
+
+def test_batches_on_their_way_do_not_meet(opened: Opened, built: Bundle) -> None:
+    batches = [pictures.pixels(8, bundles.SIZE) + 0.1 * i for i in range(12)]
+    with opened() as engine:
+        right = [engine.run(batch) for batch in batches]
+        started = [engine.start(batch) for batch in batches]  # two slots: most are taken over
+        for finish, expected in zip(started, right, strict=True):
+            for name, value in finish().items():
+                np.testing.assert_array_equal(value, expected[name])
 
 
 def test_two_engines_in_two_threads(opened: Opened, built: Bundle) -> None:

@@ -10,6 +10,7 @@ import onnx.parser
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from regraft.engines import parts
 from regraft_export.graph.anchors import Anchors
 from regraft_export.graph.append_register import append_register
 from regraft_export.graph.document import read, write
@@ -72,6 +73,17 @@ def run(
     session = open_session(model, optimize=optimize)
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+
+def run_whole(
+    model: onnx.ModelProto, inputs: Mapping[str, NDArray[np.generic]], *, optimize: bool = True
+) -> dict[str, NDArray[np.generic]]:
+    """As :func:`run`, of a graph for ``ort-cuda``: wholes are cut into their parts."""
+    found = run(model, inputs, optimize=optimize)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    shapes = {name: value.shape for name, value in found.items()}
+    cuts = parts.parts_of(metadata, shapes)
+    return {name: parts.cut(name, found, cuts) for name in parts.shapes_of(shapes, cuts)}
 
 
 def open_session(model: onnx.ModelProto | bytes, *, optimize: bool = True) -> ort.InferenceSession:

@@ -33,7 +33,7 @@ def test_the_fused_graph_gives_the_same_features(name: str) -> None:
             assert NOT_FUSED[name] in missing
             continue
         assert missing == ""
-        found = graphs.run(fused.proto, pixels)
+        found = graphs.run_whole(fused.proto, pixels)
         right = graphs.run(build(traced, patch, Wanted()).proto, pixels)
         assert set(found) == set(right)
         for output, value in right.items():
