@@ -7,7 +7,7 @@ asked once, of the whole graph, and constant in the pieces, so that none reaches
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ from regraft.engines.cores import usable_cores
 from regraft.errors import EngineError, RewriteError, how_to_install
 from regraft_export.foreign.check.widen import NARROW, widen_node
 from regraft_export.onnx_file.read import OnnxFile
+from regraft_export.onnx_file.view import reads
 
 Arrays = dict[str, NDArray[Any]]
 ASKS_SHAPE = frozenset(["Shape", "Size"])
@@ -80,7 +81,7 @@ class Cutter:
                 position = self.maker[name]
                 if position not in nodes:
                     nodes.add(position)
-                    pending += _reads(self.node(position))
+                    pending += reads(self.node(position))
         return Span(tuple(sorted(nodes)), frozenset(met), frozenset(inputs))
 
     def cut(self, outputs: Sequence[str], given: Sequence[str] = ()) -> Piece:
@@ -200,7 +201,7 @@ def _model(
         node.CopyFrom(cutter.node(position))
         if cutter.widen:
             widen_node(node)
-    read = {name for i in span.nodes for name in _reads(cutter.node(i))}
+    read = {name for i in span.nodes for name in reads(cutter.node(i))}
     for name in sorted(read & cutter.weights.keys()):
         values = cutter.array(name)
         if name in cutter.file.stored:
@@ -227,13 +228,3 @@ def _placeholder(name: str, values: NDArray[Any]) -> TensorProto:
         entry = tensor.external_data.add()
         entry.key, entry.value = key, value
     return tensor
-
-
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """Names a node reads, in its branches and loops too."""
-    yield from (name for name in node.input if name)
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            for inner in graph.node:
-                yield from _reads(inner)
-            yield from (output.name for output in graph.output)
