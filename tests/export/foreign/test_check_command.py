@@ -12,10 +12,12 @@ from typing import Any
 import onnx
 import pytest
 from tests.support import handmade_vit, pictures
-from tests.support.exporters import ANY, BATCH, torchscript
+from tests.support.exporters import ANY, BATCH, dynamo, torchscript
 
 from regraft.neurons import Neurons, RegisterNeuron
+from regraft_export.demo import sample_images_folder
 from regraft_export.foreign import patching
+from regraft_export.sources import load
 
 Regraft = Callable[..., tuple[int, str, str]]
 OWN = (
@@ -79,6 +81,22 @@ def test_a_right_patch_is_written_and_said_so(
     assert (said["check"]["images"], said["check"]["failures"]) == (3, [])
     assert {c["output"] for c in said["check"]["parity"]} == set(said["check"]["changes"])
     assert all(c["passed"] and c["images"] == 3 for c in said["check"]["parity"])
+
+
+def test_what_find_found_in_the_file_is_patched_and_checked(
+    tmp_path: Path, regraft: Regraft
+) -> None:
+    vit = load("python:regraft_export.demo:shipped_vit")
+    path, samples = tmp_path / "in.onnx", sample_images_folder()
+    dynamo(vit.module, vit.preprocessing.image_size, path, 20)
+    words = ("--images", samples, "--out", tmp_path / "found.json", *OWN)
+    assert regraft("find", path, *words)[0] == 0
+    # With the preprocessing that `find` noted.
+    words = ("--neurons", tmp_path / "found.json", "--out", tmp_path / "o.onnx", "--json")
+    code, out, _ = regraft("patch", path, *words, "--check", samples)
+    assert code == 0
+    said = json.loads(out)["check"]
+    assert (said["passed"], said["failures"], said["image_size"]) == (True, [], [96, 96])
 
 
 @pytest.mark.parametrize("dry", [False, True])
