@@ -32,7 +32,7 @@ COPY runtime/pyproject.toml runtime/LICENSE runtime/
 RUN mkdir -p runtime/src/regraft && touch runtime/src/regraft/__init__.py
 
 FROM installer AS install-runtime
-RUN ${PIP} install --constraint constraints.txt './runtime[cpu,serve]' \
+RUN ${PIP} install --constraint constraints.txt './runtime[cpu,grpc]' \
     && rm -rf runtime
 COPY runtime runtime
 RUN ${PIP} install --no-deps --force-reinstall ./runtime
@@ -40,7 +40,7 @@ RUN ${PIP} install --no-deps --force-reinstall ./runtime
 FROM installer AS install-export
 COPY export/pyproject.toml export/LICENSE export/
 RUN mkdir -p export/src/regraft_export && touch export/src/regraft_export/__init__.py \
-    && ${PIP} install --constraint constraints.txt './runtime[cpu,serve,parquet]' './export[all]' \
+    && ${PIP} install --constraint constraints.txt './runtime[cpu,grpc,parquet]' './export[all]' \
     && rm -rf runtime export
 COPY runtime runtime
 COPY export export
@@ -71,7 +71,7 @@ COPY constraints.txt ./
 COPY runtime/pyproject.toml runtime/LICENSE runtime/
 RUN mkdir -p runtime/src/regraft && touch runtime/src/regraft/__init__.py \
     && /opt/pip/bin/pip --python /opt/regraft/bin/python --no-cache-dir install \
-        --constraint constraints.txt './runtime[cuda,serve]' \
+        --constraint constraints.txt './runtime[cuda,grpc]' \
     && rm -rf runtime
 COPY runtime runtime
 RUN /opt/pip/bin/pip --python /opt/regraft/bin/python --no-cache-dir install \

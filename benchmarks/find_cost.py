@@ -3,16 +3,19 @@
 Run as ``python -m benchmarks.find_cost``. Scoring is both of its passes: detection (patch norms of
 every layer) and scoring (contributions of every unit up to the detection layer). Weights are
 random, with one unit planted so that 2 % of the patches are outlier tokens from a chosen block on:
-the later that block, the more there is to score.
+the later that block, the more there is to score. With ``--onnx`` the model is exported by
+torch.onnx and scored as an ONNX file, against plain runs of the file in ONNX Runtime as it comes.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnxruntime as ort
 import timm
 import torch
 from torch import Tensor
@@ -20,7 +23,11 @@ from torch import Tensor
 from benchmarks.machine import RESULTS, circumstances, write_results
 from regraft.timing import Ratio, Times, race
 from regraft_export.finding.outliers import Detection, detect
+from regraft_export.finding.pytorch import PyTorchSubject
 from regraft_export.finding.score import Scores, gather_norms, score_neurons
+from regraft_export.finding.subject import Floats, Subject
+from regraft_export.foreign.opening import open_file
+from regraft_export.sources.data_config import PreprocessingOverrides
 from regraft_export.vit.structure import VisionTransformer, first_tensor, from_module
 
 AIM = 2.5
@@ -39,6 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="per planted block, at least")
     parser.add_argument("--seconds", type=float, default=0.0, help="per planted block, at least")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--onnx", action="store_true", help="score the model as an ONNX file")
     parser.add_argument("--out", type=Path, default=RESULTS / "find_cost.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -48,6 +56,7 @@ def main() -> None:
         "images": args.images,
         "batch_size": args.batch_size,
         "threads": args.threads,
+        "route": "ONNX Runtime" if args.onnx else "PyTorch",
         "aim": AIM,
         "planted": [_measure(layer, args) for layer in args.layers],
     }
@@ -64,9 +73,14 @@ def _measure(layer: int, args: argparse.Namespace) -> dict[str, Any]:
     pixels = torch.randn(args.images, 3, *size, generator=torch.Generator().manual_seed(1))
     batches = torch.split(pixels, args.batch_size)
     _plant(vit, layer, batches[0])
-    detection = detect(gather_norms(vit, batches))
-    _check(score_neurons(vit, batches, detection), layer)
-    times = race(_rivals(vit, batches, detection), seconds=args.seconds, rounds=args.rounds)
+    arrays = [batch.numpy() for batch in batches]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        subject, plain = _as_file(vit, size, file, args.threads) if args.onnx else _as_module(vit)
+        detection = detect(gather_norms(subject, arrays))
+        _check(score_neurons(subject, arrays, detection), layer)
+        rivals = _rivals(subject, plain, arrays, detection)
+        times = race(rivals, seconds=args.seconds, rounds=args.rounds)
     return {
         "layer": layer,
         "detection_layer": detection.layer,
@@ -76,22 +90,54 @@ def _measure(layer: int, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+Plain = Callable[[Floats], object]
+
+
+def _as_module(vit: VisionTransformer) -> tuple[Subject, Plain]:
+    def plain(pixels: Floats) -> object:
+        with torch.inference_mode():
+            return vit.module(torch.from_numpy(pixels))
+
+    return PyTorchSubject(vit), plain
+
+
+def _as_file(
+    vit: VisionTransformer, size: tuple[int, int], path: Path, threads: int
+) -> tuple[Subject, Plain]:
+    program = torch.onnx.export(
+        vit.module,
+        (torch.zeros(2, 3, *size),),
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+    )
+    assert program is not None  # dynamo gives one
+    program.save(path)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    half = (0.5, 0.5, 0.5)
+    given = PreprocessingOverrides(
+        mean=half, std=half, interpolation="bicubic", crop_pct=1.0, crop_mode="center"
+    )
+    return open_file(path, given).subject, lambda pixels: session.run(None, {name: pixels})
+
+
 def _rivals(
-    vit: VisionTransformer, batches: tuple[Tensor, ...], detection: Detection
+    subject: Subject, run: Plain, arrays: Sequence[Floats], detection: Detection
 ) -> dict[str, Callable[[], object]]:
     def plain() -> None:
-        with torch.inference_mode():
-            for pixels in batches:
-                vit.module(pixels)
+        for pixels in arrays:
+            run(pixels)
 
     def detecting() -> Detection:
-        return detect(gather_norms(vit, batches))
+        return detect(gather_norms(subject, arrays))
 
     def scoring() -> Scores:
-        return score_neurons(vit, batches, detection)
+        return score_neurons(subject, arrays, detection)
 
     def both() -> Scores:
-        return score_neurons(vit, batches, detecting())
+        return score_neurons(subject, arrays, detecting())
 
     return {
         "plain passes": plain,
@@ -143,7 +189,8 @@ def _figures(t: Times, plain: Times) -> dict[str, Any]:
 def _table(result: dict[str, Any]) -> list[str]:
     rows = [
         f"{result['model']}, {result['images']} images in batches of {result['batch_size']}, "
-        f"{result['threads']} threads. Ratios are medians over rounds with 95 % intervals. Aim: "
+        f"{result['threads']} threads, {result['route']}. "
+        "Ratios are medians over rounds with 95 % intervals. Aim: "
         f"detection and scoring together at most {result['aim']}.",
         "",
         "| outliers written by block | detection layer | part | median s | over plain passes |",

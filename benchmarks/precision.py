@@ -39,7 +39,8 @@ from regraft.redirect import RedirectOptions
 from regraft_export import demo
 from regraft_export.calibration import calibrate
 from regraft_export.finding.find import find_neurons
-from regraft_export.finding.parts import TensorImages
+from regraft_export.finding.parts import ArrayImages
+from regraft_export.finding.pytorch import PyTorchSubject
 from regraft_export.graph.patch import LAST, Patch, Wanted, build
 from regraft_export.register_constants import RegisterConstants
 from regraft_export.sources import load
@@ -104,7 +105,7 @@ def _subjects(loaded: Any, calibration: Floats, seeds: Sequence[int]) -> Iterato
     """The ViT that ships with regraft, with the neurons that finding selects, and planted ones."""
     shipped = from_module(loaded.module, loaded.preprocessing.image_size)
     fitted = torch.from_numpy(calibration)
-    found = find_neurons(shipped, TensorImages(fitted))
+    found = find_neurons(PyTorchSubject(shipped), ArrayImages(calibration))
     models = [("shipped", shipped, found.neurons)]
     models += [(f"planted {seed}", *planted(fitted, seed=seed)) for seed in seeds]
     for name, vit, neurons in models:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,37 @@ def test_dependencies_come_before_sources() -> None:
         assert heavy < lines.index("COPY runtime runtime")
 
 
+def test_every_stage_starts_from_another_one_or_a_pinned_base() -> None:
+    found = stages()
+    arguments = {line.partition(" ")[2].partition("=")[0] for line in found[""]}
+    for name, lines in found.items():
+        for line in lines if name else ():
+            if match := re.match(r"FROM (\S+)|COPY --from=(\S+)", line):
+                base = match[1] or match[2]
+                variable = re.fullmatch(r"\$\{(\w+)\}", base)
+                assert base in found or (variable and variable[1] in arguments), line
+
+
+def test_commands_are_in_exec_form_and_nothing_is_fetched_but_packages() -> None:
+    for name, lines in stages().items():
+        for line in lines:
+            word, _, value = line.partition(" ")
+            assert word != "ADD", line
+            assert not re.search(r"\b(curl|wget|git clone|chmod 777|sudo)\b", line), line
+            if word in ("ENTRYPOINT", "CMD"):
+                assert all(isinstance(v, str) for v in json.loads(value)), line
+            if word == "HEALTHCHECK":
+                json.loads(value.partition("CMD ")[2])
+            if "apt-get install" in line:
+                assert "--no-install-recommends" in line, line
+                assert "rm -rf /var/lib/apt/lists/*" in line, line
+            if word == "RUN" and " install --constraint" in line:
+                assert name.startswith(("install", "gpu")), line
+        if name in ("runtime", "runtime-gpu", "export"):
+            # The last word on the user is the last but for what starts it.
+            assert not any(line.startswith("RUN") for line in lines), name
+
+
 @pytest.fixture(scope="module")
 def built() -> str:
     return image.build("runtime")
@@ -79,8 +112,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_size_and_settings(built: str) -> None:
-    told: dict[str, Any] = json.loads(image.buildah("inspect", "--type", "image", built).stdout)
-    config = told["Docker"]["config"]
+    config = image.config(built)
     assert config["User"] == "10001:10001"
     assert config["Entrypoint"] == ["regraft"]
     assert config["Cmd"] == ["serve", "/bundle"]
@@ -117,6 +149,97 @@ def test_it_extracts_as_another_user(container: str, bundle: Path, tmp_path: Pat
         np.testing.assert_allclose(file["patches"], right.patches, rtol=1e-4, atol=1e-4)
 
 
+@dataclass
+class Sandbox:
+    """The image with a read-only root, without capabilities, as its own user."""
+
+    settings: dict[str, Any]
+    words: list[str]
+    cache: Path
+    out: Path
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        words = [*self.words, *command]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0 or not check, done.stderr
+        return done
+
+    def healthy(self, port: int) -> bool:
+        """What the image's own health check says of a server on a port."""
+        check = self.settings["Healthcheck"]["Test"][1:]
+        return not self.run(
+            *(w.replace(":8000", f":{port}") for w in check), check=False
+        ).returncode
+
+
+@pytest.fixture(scope="module")
+def sandbox(
+    built: str, bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Sandbox]:
+    base = tmp_path_factory.mktemp("sandbox")
+    pictures.write(base / "images", 3)
+    for name in ("cache", "out"):
+        (base / name).mkdir(mode=0o700)
+        os.chown(base / name, 10001, 10001)
+    mounts = {"/bundle": (bundle, False), "/images": (base / "images", False)}
+    mounts |= {"/cache": (base / "cache", True), "/out": (base / "out", True)}
+    with image.unpacked(built) as root:
+        words = image.read_only(built, root, mounts)
+        yield Sandbox(image.config(built), words, base / "cache", base / "out")
+
+
+@pytest.mark.slow
+def test_the_sandbox_is_one(sandbox: Sandbox) -> None:
+    told = sandbox.run("cat", "/proc/self/status").stdout
+    status = dict(line.split(":\t", 1) for line in told.splitlines() if ":\t" in line)
+    assert status["Uid"].split() == status["Gid"].split() == ["10001"] * 4
+    for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        assert int(status[kind], 16) == 0, kind
+    assert status["NoNewPrivs"] == "1"
+    for place in ("/", "/tmp", "/bundle", "/images", "/opt/regraft", "/home", "/var/tmp"):
+        done = sandbox.run("touch", f"{place}/x", check=False)
+        assert done.returncode != 0, place
+    sandbox.run("touch", "/cache/x")
+    assert (sandbox.cache / "x").stat().st_uid == 10001
+
+
+@pytest.mark.slow
+def test_it_extracts_with_a_read_only_root(sandbox: Sandbox, bundle: Path) -> None:
+    done = sandbox.run("regraft", "extract", "/bundle", "/images", "--out", "/out/features.npz")
+    assert "Traceback" not in done.stderr
+    assert (sandbox.out / "features.npz").stat().st_uid == 10001
+    images = sandbox.out.parent / "images"
+    with Extractor.open(bundle) as extractor, np.load(sandbox.out / "features.npz") as file:
+        right = extractor.extract(sorted(images.iterdir()))
+        np.testing.assert_allclose(file["patches"], right.patches, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_it_serves_with_a_read_only_root_and_its_health_check_sees_it(sandbox: Sandbox) -> None:
+    settings = sandbox.settings
+    command = [*settings["Entrypoint"], *settings["Cmd"], "--port", str(PORT)]
+    process = subprocess.Popen(
+        [*sandbox.words, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        until = time.monotonic() + 60
+        while not sandbox.healthy(PORT):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        assert not sandbox.healthy(1)  # a health check that cannot fail is none
+        file = next((sandbox.out.parent / "images").iterdir()).read_bytes()
+        served = f"http://127.0.0.1:{PORT}"
+        headers = {"Inference-Header-Content-Length": "0"}
+        for path in ("/v2/models/bundle_images/infer", "/page/models/bundle/versions/1/maps"):
+            request = urllib.request.Request(served + path, file, headers)
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                assert answer.status == 200
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
 @pytest.mark.slow
 def test_it_serves_and_its_health_check_sees_it(
     built: str, container: str, bundle: Path, tmp_path: Path
@@ -139,8 +262,7 @@ def test_it_serves_and_its_health_check_sees_it(
                 assert process.poll() is None, process.communicate()
                 assert time.monotonic() < until
                 time.sleep(0.2)
-        told = json.loads(image.buildah("inspect", "--type", "image", built).stdout)
-        check = told["Docker"]["config"]["Healthcheck"]["Test"][1:]
+        check = image.config(built)["Healthcheck"]["Test"][1:]
         check = [word.replace(":8000", f":{PORT}") for word in check]
         image.buildah("run", container, "--", *check)
         with pytest.raises(AssertionError):  # a health check that cannot fail is none

@@ -21,7 +21,7 @@ FOREIGN = "model.onnx"  # an export that is not patched: the bundle has one
 SERVES = "regraft serve"  # does not end; tests/runtime/serve has it
 # Of docker, curl and tritonserver.
 OTHER_OPTIONS = {"--build-arg", "--cap-drop", "--data-binary", "--model-repository"}
-OTHER_OPTIONS |= {"--read-only", "--target"}
+OTHER_OPTIONS |= {"--read-only", "--tmpfs", "--target"}
 MODEL = "timm:vit_base_patch14_dinov2.lvd142m"
 
 
@@ -54,7 +54,7 @@ def test_every_command_of_readme_runs_and_its_code_too(
     monkeypatch.chdir(folder)
     run = [line for line in commands() if CARD not in line and not line.startswith(SERVES)]
     names = [line.split()[1] for line in run]
-    first = ["find", "export", "report", "extract", "patch", "patch"]
+    first = ["find", "export", "report", "extract", "find", "patch", "patch"]
     then = ["build", "extract", "export", "verify", "extract", "triton"]
     assert names == [*first, *then]
     for line in run:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from tests.support import handmade_vit
-from tests.support.browser import Browser, require_chromium
+from tests.support.browser import OUTSIDE, Browser, luminance, require_chromium
 
 from regraft.cli.main import main
 from regraft_export.demo import sample_images_folder
@@ -40,14 +40,6 @@ REPORT = {
     "after": FIGURES,
     "controls": dict.fromkeys(("random_neurons", "zero_token", "zeroed_without_register"), FIGURES),
 }
-OUTSIDE = """
-(() => {
-  const free = (e) => e.closest(".scroll") === null;
-  return [...document.querySelectorAll("body *")].filter((e) => free(e) && (
-    e.getBoundingClientRect().right > innerWidth + 0.5 || e.getBoundingClientRect().left < -0.5
-  )).map((e) => e.outerHTML.slice(0, 120));
-})()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +113,9 @@ def test_texts_stand_out_from_the_ground(
         + "figcaption, .chart text")].map((e) => [e.tagName, getComputedStyle(e)[
           e.tagName === "text" ? "fill" : "color"]])"""
     )
-    ground = _luminance(SCHEMES[scheme])
+    ground = luminance(SCHEMES[scheme])
     for tag, colour in pairs:
-        dark, light = sorted((_luminance(colour), ground))
+        dark, light = sorted((luminance(colour), ground))
         assert (light + 0.05) / (dark + 0.05) >= 4.5, (tag, colour)  # WCAG 2.2, level AA
 
 
@@ -168,11 +160,3 @@ def test_the_browser_does_complain(browser: Browser, page: Path, tmp_path: Path)
     told = " ".join(browser.complaints())
     for directive in ("script-src", "img-src", "style-src"):
         assert directive in told
-
-
-def _luminance(colour: str) -> float:
-    red, green, blue = (int(v) / 255 for v in re.findall(r"\d+", colour)[:3])
-    linear = [
-        v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (red, green, blue)
-    ]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

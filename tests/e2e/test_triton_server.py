@@ -1,61 +1,21 @@
-"""The repository in a real Triton server: the one inside the nvidia-pytriton wheel.
-
-That server has the Python backend alone, so the network itself is stood in for by a Python model of
-the same configuration that runs onnxruntime; preprocessing and ensemble are as `regraft triton`
-writes them.
-"""
+"""The repository that `regraft triton` writes, in a real Triton server."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support import bundles, environments, pictures
+from tests.support import bundles, environments, pictures, triton_server
 
 from regraft import Extractor
 from regraft.cli.main import main
 
 pytestmark = pytest.mark.slow
 
-# Debian's Python: the backend is linked against its libpython.
-PYTHON = "/usr/bin/python3"
-PACKAGES = (
-    "nvidia-pytriton==0.7.0",
-    "tritonclient[http,grpc]==2.73.0",
-    "numpy<2",
-    "pillow==13.0.0",
-)
-HTTP, GRPC, METRICS = 18100, 18101, 18102
-STAND_IN = """
-import numpy as np
-import onnxruntime
-import triton_python_backend_utils as backend
-from pathlib import Path
-
-
-class TritonPythonModel:
-    def initialize(self, args):
-        folder = Path(args["model_repository"], args["model_version"])
-        self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
-        self.names = [output.name for output in self.session.get_outputs()]
-
-    def execute(self, requests):
-        answers = []
-        for request in requests:
-            pixels = backend.get_input_tensor_by_name(request, "pixel_values").as_numpy()
-            arrays = self.session.run(self.names, {"pixel_values": pixels})
-            tensors = [backend.Tensor(n, a) for n, a in zip(self.names, arrays)]
-            answers.append(backend.InferenceResponse(tensors))
-        return answers
-"""
 CLIENT = """
 import sys
 import numpy as np
@@ -71,12 +31,12 @@ for file in Path(repository).glob("*/config.pbtxt"):
     assert config.max_batch_size == 32
 client = http.InferenceServerClient(url)
 images = np.array([[Path(file).read_bytes()] for file in files], object)
-image = http.InferInput("image", images.shape, "BYTES")
+image = http.InferInput("images", images.shape, "BYTES")
 image.set_data_from_numpy(images)
 answer = client.infer("vit_images", [image])
 names = [output["name"] for output in client.get_model_metadata("vit_images")["outputs"]]
 np.savez(out, **{name: answer.as_numpy(name) for name in names})
-bad = http.InferInput("image", [1, 1], "BYTES")
+bad = http.InferInput("images", [1, 1], "BYTES")
 bad.set_data_from_numpy(np.array([[b"no image"]], object))
 try:
     client.infer("vit_images", [bad])
@@ -87,13 +47,7 @@ except http.InferenceServerException as error:
 
 @pytest.fixture(scope="module")
 def python() -> Path:
-    if not Path(PYTHON).exists():
-        pytest.skip(f"{PYTHON} is not installed: apt-get install python3-venv libpython3-dev")
-    python = environments.environment("triton", [*PACKAGES, "onnxruntime"], PYTHON)
-    # The backend's Python looks at its site-packages, not at PYTHONPATH.
-    (site,) = (python.parents[1] / "lib").glob("python3*/site-packages")
-    (site / "regraft.pth").write_text(str(environments.WORKSPACE / "runtime" / "src") + "\n")
-    return python
+    return triton_server.environment()
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +57,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def repository(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("triton") / "repository"
-    assert main(["triton", str(bundle), "--out", str(out), "--name", "vit"]) == 0
-    config = out / "vit" / "config.pbtxt"
-    text = config.read_text()
-    assert text.count('backend: "onnxruntime"') == 1
-    config.write_text(text.replace('backend: "onnxruntime"', 'backend: "python"'))
-    (out / "vit" / "1" / "model.py").write_text(STAND_IN)
-    return out
+    return triton_server.write_repository(bundle, tmp_path_factory.mktemp("triton") / "repository")
 
 
 @pytest.fixture(scope="module")
@@ -118,45 +65,8 @@ def server(
     python: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """Its address, once it is ready."""
-    place = tmp_path_factory.mktemp("server")
-    wheel = next((python.parents[1] / "lib").glob("python3*/site-packages/pytriton/tritonserver"))
-    version = wheel.parents[2].name.removeprefix("python")
-    shutil.copytree(wheel / "backends", place / "backends")
-    stub = wheel / "python_backend_stubs" / version / "triton_python_backend_stub"
-    shutil.copy(stub, place / "backends" / "python")
-    log = (place / "log").open("w+")
-    process = subprocess.Popen(
-        [
-            *(str(wheel / "bin" / "tritonserver"), f"--model-repository={repository}"),
-            *(f"--backend-directory={place / 'backends'}", f"--http-port={HTTP}"),
-            *(f"--grpc-port={GRPC}", f"--metrics-port={METRICS}", "--http-address=127.0.0.1"),
-        ],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=environments.variables(
-            PATH=f"{python.parent}:{os.environ['PATH']}",
-            LD_LIBRARY_PATH=str(wheel.parents[1] / "nvidia_pytriton.libs"),
-        ),
-    )
-
-    def said() -> str:
-        log.seek(0)
-        return log.read()[-12000:]
-
-    try:
-        until = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{HTTP}/v2/health/ready", timeout=5)
-                break
-            except OSError:
-                assert process.poll() is None, said()
-                assert time.monotonic() < until, said()
-                time.sleep(0.3)
-        yield f"127.0.0.1:{HTTP}"
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
+    with triton_server.running(python, repository, tmp_path_factory.mktemp("server")) as found:
+        yield f"127.0.0.1:{found.http}"
 
 
 def test_a_client_gets_the_extractors_numbers(
@@ -181,3 +91,55 @@ def test_a_client_gets_the_extractors_numbers(
         flat = right.patches.reshape(5, -1, right.patches.shape[-1])
         np.testing.assert_allclose(got["last_hidden_state"][:, prefix:], flat, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(got["pooler_output"], right.pooled, rtol=1e-4, atol=1e-4)
+
+
+PARSE = """
+import json, sys
+from google.protobuf import json_format, text_format
+from pathlib import Path
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+parsed = {}
+for file in Path(sys.argv[1]).glob("*/config.pbtxt"):
+    config = text_format.Parse(file.read_text(), ModelConfig())
+    parsed[file.parent.name] = json_format.MessageToDict(config, preserving_proto_field_name=True)
+print(json.dumps(parsed))
+"""
+
+
+@pytest.mark.parametrize("plan", [False, True])
+def test_every_option_is_what_tritons_own_message_reads(
+    bundle: Path, tmp_path: Path, plan: bool
+) -> None:
+    """With Triton's descriptor: unknown fields, wrong types and enumerations do not parse."""
+    python = environments.environment("tritonclient", ["tritonclient[grpc]==2.73.0"])
+    (tmp_path / "model.plan").write_bytes(b"machine code")
+    words = ["triton", str(bundle), "--out", str(tmp_path / "out"), "--name", "vit"]
+    words += ["--plan", str(tmp_path / "model.plan")] if plan else ["--device", "gpu"]
+    words += ["--max-batch", "8", "--instances", "2", "--preprocess-instances", "3"]
+    words += ["--max-queue", "9", "--timeout-ms", "50", "--delay-us", "100"]
+    assert main(words) == 0
+    done = subprocess.run(
+        [python, "-c", PARSE, tmp_path / "out"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    parsed = json.loads(done.stdout)
+    vit, images = parsed["vit"], parsed["vit_images"]
+    assert vit["backend"] == ("tensorrt" if plan else "onnxruntime")
+    assert vit["instance_group"] == [{"count": 2, "kind": "KIND_GPU"}]
+    assert parsed["vit_preprocess"]["instance_group"] == [{"count": 3, "kind": "KIND_CPU"}]
+    for name in ("vit", "vit_preprocess"):
+        assert parsed[name]["dynamic_batching"] == {
+            "max_queue_delay_microseconds": "100",
+            "default_queue_policy": {  # REJECT is the enumeration's zero, which JSON leaves out
+                "default_timeout_microseconds": "50000",
+                "allow_timeout_override": True,
+                "max_queue_size": 9,
+            },
+        }
+    assert [warmup["batch_size"] for warmup in vit["model_warmup"]] == [1, 8]
+    assert [step["model_name"] for step in images["ensemble_scheduling"]["step"]] == [
+        "vit_preprocess",
+        "vit",
+    ]
+    assert {config["max_batch_size"] for config in parsed.values()} == {8}

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import settings
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+from tests.support import probed as probed_bundles
 
 from regraft import manifest as manifests
 from regraft.bundle import NEURONS, VERIFY, WEIGHTS, record
@@ -159,3 +160,21 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         paths.append(folder / f"photo{i:02}.{'png' if i % 2 else 'jpg'}")
         image.save(paths[-1])
     return paths
+
+
+@pytest.fixture(scope="session")
+def write_probed() -> Callable[..., Path]:
+    """``write_probed(folder, class_token=True, ...)`` writes a bundle with probe graphs."""
+    return probed_bundles.write
+
+
+@pytest.fixture(scope="session")
+def probed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with probe graphs that no test may change."""
+    return probed_bundles.write(tmp_path_factory.mktemp("probed") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of seven pictures with a few loud patches each."""
+    return probed_bundles.write_pictures(tmp_path_factory.mktemp("of") / "pictures")

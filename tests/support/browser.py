@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -19,6 +20,15 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     *("--disable-dev-shm-usage", "--remote-debugging-pipe"),
 )
+# What sticks out of the screen, but for what scrolls by itself.
+OUTSIDE = """
+(() => {
+  const free = (e) => e.closest(".scroll") === null;
+  return [...document.querySelectorAll("body *")].filter((e) => free(e) && (
+    e.getBoundingClientRect().right > innerWidth + 0.5 || e.getBoundingClientRect().left < -0.5
+  )).map((e) => e.outerHTML.slice(0, 120));
+})()
+"""
 PATIENCE = 60.0  # seconds for one answer, on a busy machine
 
 
@@ -62,8 +72,14 @@ class Browser:
                 result: dict[str, Any] = answer["result"]
                 return result
 
-    def open(self, page: Path, size: tuple[int, int], scheme: str) -> None:
-        """Opens a file at a screen size (CSS pixels) and in a colour scheme; waits for it."""
+    def open(self, page: Path | str, size: tuple[int, int], scheme: str) -> None:
+        """Opens a file or an address and waits for it.
+
+        Args:
+            page: of what.
+            size: of the screen, in CSS pixels.
+            scheme: of colours, light or dark.
+        """
         width, height = size
         self.call(
             "Emulation.setDeviceMetricsOverride",
@@ -75,7 +91,8 @@ class Browser:
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self.call("Emulation.setEmulatedMedia", features=[feature])
         self.events.clear()
-        self.call("Page.navigate", url=page.resolve().as_uri())
+        url = page if isinstance(page, str) else page.resolve().as_uri()
+        self.call("Page.navigate", url=url)
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self._receive()
 
@@ -86,6 +103,37 @@ class Browser:
         )
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
+
+    def wait(self, expression: str) -> None:
+        """Until a JavaScript expression is true."""
+        until = time.monotonic() + PATIENCE
+        while not self.evaluate(expression):
+            assert time.monotonic() < until, f"never true: {expression}"
+            time.sleep(0.05)
+
+    def choose(self, selector: str, *files: Path) -> None:
+        """Puts files into a file input, as its dialogue does."""
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(f.resolve()) for f in files])
+
+    def drop(self, at: tuple[int, int], *files: Path) -> None:
+        """Drags files from outside over the page, and lets go."""
+        data = {"items": [], "files": [str(f.resolve()) for f in files], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.call("Input.dispatchDragEvent", type=kind, x=at[0], y=at[1], data=data)
+
+    def press(self, key: str) -> None:
+        """Presses a key that writes nothing, such as ArrowRight, and lets go."""
+        code = {"Tab": 9, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}[key]
+        for kind in ("rawKeyDown", "keyUp"):
+            self.call(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode=code,
+            )
 
     def complaints(self) -> list[str]:
         """What the console, the page's scripts and the browser's own checks objected to."""
@@ -139,6 +187,15 @@ def require_chromium() -> str:
     if executable is None:
         pytest.skip("chromium is not installed: apt-get install chromium")
     return executable
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of a CSS colour `rgb(r, g, b)`, as WCAG defines it."""
+    red, green, blue = (int(v) / 255 for v in re.findall(r"\d+", colour)[:3])
+    linear = [
+        v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (red, green, blue)
+    ]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def _is_complaint(event: dict[str, Any]) -> bool:

@@ -165,6 +165,19 @@ SMALL = {
     ),
 }
 
+# Further ones, of which tests export ONNX files as somebody else would.
+EXPORTED = {
+    "timm_vit": _timm("vit_tiny_patch16_224", 64, 8, 1, patch_size=8, **_TIMM),
+    "timm_clip": _timm("vit_base_patch16_clip_224", 64, 8, 1, patch_size=8, **_TIMM),
+    "timm_swiglu": _timm(
+        "vit_giant_patch14_dinov2", 112, 14, 1, **_TIMM, init_values=1.0, mlp_ratio=4.0
+    ),
+    "timm_siglip": _timm("vit_base_patch16_siglip_224", 64, 8, 0, patch_size=8, **_TIMM),
+    "hf_clip": _hf(tf.CLIPVisionModel, tf.CLIPVisionConfig, 1, **_HF),
+    "hf_vit": _hf(tf.ViTModel, tf.ViTConfig, 1, **_HF, pooler_output_size=48),
+    **{name: SMALL[name] for name in ("open_clip", "hub_dinov2_g_reg", "hf_siglip")},
+}
+
 
 def _hf_dinov2(size: int, width: int, depth: int, heads: int, **options: Any) -> Family:
     return _hf(

@@ -114,3 +114,27 @@ def without_preprocessing() -> nn.Module:
 
 def not_a_vit() -> tuple[nn.Module, dict[str, object]]:
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 8)), CONFIG
+
+
+class FlatBlock(Block):
+    """Its MLP works on rows of tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.before_attention(x))
+        rows = self.before_mlp(x).reshape(-1, WIDTH)
+        return x + self.narrow(F.gelu(self.widen(rows))).reshape(x.shape)
+
+
+class AnySize(HandmadeVit):
+    """Positions are resampled to the image."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        grid = self.cut(pixels)
+        at = self.positions[:, 1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+        at = F.interpolate(at, size=grid.shape[2:], mode="bilinear")
+        patches = (grid + at).flatten(2).transpose(1, 2)
+        first = (self.cls_token + self.positions[:, :1]).expand(pixels.shape[0], -1, -1)
+        x = torch.cat([first, patches], dim=1)
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(x)

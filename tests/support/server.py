@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,11 +53,12 @@ class Reply:
 
 
 class Server:
-    """A running server."""
+    """A running server; ``grpc_port`` is 0 where there is none."""
 
-    def __init__(self, process: subprocess.Popen[str], port: int) -> None:
+    def __init__(self, process: subprocess.Popen[str], port: int, grpc_port: int) -> None:
         self.process = process
         self.port = port
+        self.grpc_port = grpc_port
         self.lines: list[str] = []
         threading.Thread(target=self._collect, daemon=True).start()
 
@@ -90,18 +92,20 @@ class Server:
 
 
 @contextmanager
-def serving(*words: object) -> Iterator[Server]:
-    """A server on a free port, ready."""
-    command = [sys.executable, "-m", "regraft", "serve", *map(str, words), "--port", "0"]
+def serving(
+    *words: object, python: str | Path = sys.executable, env: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """A server on a free port, ready; with ``--grpc-port 0`` on another one as well."""
+    command = [str(python), "-m", "regraft", "serve", *map(str, words), "--port", "0"]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=env
     )
     try:
         assert process.stderr is not None
         line = process.stderr.readline()
-        port = re.search(r"on http://[^ ]*:(\d+)$", line.strip())
-        assert port, line + process.stderr.read()
-        yield Server(process, int(port[1]))
+        found = re.search(r"on http://[^ ]*:(\d+)(?: and grpc://[^ ]*:(\d+))?$", line.strip())
+        assert found, line + process.stderr.read()
+        yield Server(process, int(found[1]), int(found[2] or 0))
     finally:
         if process.poll() is None:
             process.kill()

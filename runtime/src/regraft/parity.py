@@ -7,7 +7,7 @@ failure.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,11 +94,14 @@ class Meter:
         graph: the graph's name.
         output: the output's name; it decides what is compared per token and per image.
         class_token: whether token 0 of ``last_hidden_state`` is CLS.
+        kind: what the output is, where its name is none of a bundle's: ``tokens`` (B, T, D), of
+            which token 0 is CLS if ``class_token`` says so, ``vectors`` (B, E), or ``numbers``.
     """
 
     graph: str
     output: str
     class_token: bool
+    kind: Literal["tokens", "vectors", "numbers"] | None = None
     images: int = 0
     finite: bool = True
     _worst: WorstToken | None = None
@@ -120,14 +123,17 @@ class Meter:
             return
         self._squared_error += float(np.square(b - a).sum())
         self._squared_reference += float(np.square(a).sum())
-        if self.output.startswith(("last_hidden", "hidden.", "test_time_registers")):
+        if self._is("tokens", ("last_hidden", "hidden.", "test_time_registers")):
             cosines = cosine(a, b)
             self._token_cosines.append(cosines.ravel())
             self._note_worst(cosines)
-        if self.output == "last_hidden_state" and self.class_token:
+        if self.class_token and self._is("tokens", ("last_hidden_state",)):
             self._image_cosines.append(cosine(a[:, 0], b[:, 0]))
-        if self.output == "pooler_output":
+        if self._is("vectors", ("pooler_output",)):
             self._image_cosines.append(cosine(a, b))
+
+    def _is(self, kind: str, names: tuple[str, ...]) -> bool:
+        return self.output.startswith(names) if self.kind is None else self.kind == kind
 
     def _note_worst(self, cosines: NDArray[np.float64]) -> None:
         """Remembers the worst token of a batch, (B, T), if it is the worst so far."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_WARM_UP = 2  # runs of each rival before the clock counts
+_WARM_UP = 2
 _RESAMPLES = 2000
 
 
@@ -67,6 +67,7 @@ def race(
     *,
     seconds: float,
     rounds: int = 10,
+    warm_up: int = _WARM_UP,
     check: Callable[[str, object], None] | None = None,
     seed: int = 0,
 ) -> dict[str, Times]:
@@ -76,6 +77,7 @@ def race(
         rivals: name -> what to time.
         seconds: how long to go on.
         rounds: how many rounds at least.
+        warm_up: runs of each rival before them, off the clock.
         check: called off the clock with each timed run's name and result; raises if it is wrong.
         seed: of the order.
 
@@ -95,7 +97,7 @@ def race(
         return once
 
     for rival in rivals.values():
-        for _ in range(_WARM_UP):
+        for _ in range(warm_up):
             rival()
     own = {name: timed(name) for name in rivals}
     return compare(own, seconds=seconds, rounds=rounds, seed=seed)

@@ -15,7 +15,8 @@ from regraft.errors import GateError, InputError, ModelError
 from regraft.neurons import Neurons
 from regraft_export.finding.find import FindOptions, Found, find_neurons, rounded
 from regraft_export.finding.fingerprint import matches
-from regraft_export.finding.parts import TensorImages
+from regraft_export.finding.parts import ArrayImages
+from regraft_export.finding.pytorch import PyTorchSubject
 from regraft_export.vit.structure import from_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,8 +67,8 @@ def small(planter: Planter, pictures: Pictures) -> tuple[Any, Found]:
     """A ViT-S with six units in one layer, and what was found."""
     units = [(4, index) for index in (3, 700, 1200, 10, 999, 1535)]
     planted = planter(vit_small(), pictures(16, 1), units, negative=[(4, 999)])
-    images = TensorImages(pictures(32, 2))
-    return planted, find_neurons(planted.vit, images, about={"model": "a test"})
+    images = ArrayImages(pictures(32, 2).numpy())
+    return planted, find_neurons(PyTorchSubject(planted.vit), images, about={"model": "a test"})
 
 
 def test_planted_units_of_a_vit_small_are_recovered(small: tuple[Any, Found]) -> None:
@@ -122,9 +123,11 @@ def test_what_the_file_says(small: tuple[Any, Found]) -> None:
 
 def test_same_seed_same_file_other_seed_same_units(planter: Planter, pictures: Pictures) -> None:
     vit = planter(vit_tiny(), pictures(16, 1), [(2, 5), (2, 60)]).vit
-    images = TensorImages(pictures(24, 2))
+    images = ArrayImages(pictures(24, 2).numpy())
     texts = [
-        json.dumps(find_neurons(vit, images, FindOptions(seed=seed)).neurons.to_json())
+        json.dumps(
+            find_neurons(PyTorchSubject(vit), images, FindOptions(seed=seed)).neurons.to_json()
+        )
         for seed in (0, 0, 1)
     ]
     assert texts[0] == texts[1]
@@ -139,7 +142,7 @@ def test_other_architectures(
 ) -> None:
     units = [(2, 5), (2, 60), (2, 100)]
     planted = planter(build(), pictures(16, 1), units, negative=[(2, 100)])
-    found = find_neurons(planted.vit, TensorImages(pictures(24, 2)))
+    found = find_neurons(PyTorchSubject(planted.vit), ArrayImages(pictures(24, 2).numpy()))
     signs = {(n.layer, n.index): n.sign for n in found.neurons.neurons}
     assert set(signs) <= set(units)
     assert len(signs) >= 2
@@ -151,7 +154,7 @@ def test_other_architectures(
 def test_activation_score_finds_them_too(planter: Planter, pictures: Pictures) -> None:
     vit = planter(vit_tiny(), pictures(16, 1), [(2, 5), (2, 60)]).vit
     options = FindOptions(score="activation", max_layer=2)
-    found = find_neurons(vit, TensorImages(pictures(24, 2)), options)
+    found = find_neurons(PyTorchSubject(vit), ArrayImages(pictures(24, 2).numpy()), options)
     assert {(n.layer, n.index) for n in found.neurons.neurons} == {(2, 5), (2, 60)}
     assert found.neurons.about["score"] == "activation"
     assert found.neurons.neurons[0].score == pytest.approx(12, rel=0.1)
@@ -159,10 +162,12 @@ def test_activation_score_finds_them_too(planter: Planter, pictures: Pictures) -
 
 def test_threshold_and_layer_by_hand(planter: Planter, pictures: Pictures) -> None:
     vit = planter(vit_tiny(), pictures(16, 1), [(2, 5), (2, 60)]).vit
-    images = TensorImages(pictures(24, 2))
-    chosen = find_neurons(vit, images)
+    images = ArrayImages(pictures(24, 2).numpy())
+    chosen = find_neurons(PyTorchSubject(vit), images)
     threshold = 0.8 * chosen.neurons.about["threshold"]
-    found = find_neurons(vit, images, FindOptions(detection_layer=4, threshold=threshold))
+    found = find_neurons(
+        PyTorchSubject(vit), images, FindOptions(detection_layer=4, threshold=threshold)
+    )
     assert found.neurons.about["detection_layer"] == 4
     assert found.neurons.about["threshold"] == rounded(threshold)
     assert found.neurons.neurons[0].layer == 2
@@ -171,14 +176,14 @@ def test_threshold_and_layer_by_hand(planter: Planter, pictures: Pictures) -> No
 def test_random_and_silenced_vits_have_no_outlier_tokens(
     planter: Planter, pictures: Pictures
 ) -> None:
-    images = TensorImages(pictures(24, 2))
+    images = ArrayImages(pictures(24, 2).numpy())
     with pytest.raises(ModelError, match=r"^no outlier tokens: .* there is nothing to patch"):
-        find_neurons(from_module(vit_tiny(), (64, 64)), images)
+        find_neurons(PyTorchSubject(from_module(vit_tiny(), (64, 64))), images)
     planted = planter(vit_tiny(), pictures(16, 1), [(2, 5), (2, 60)])
     with torch.no_grad():
         planted.vit.blocks[2].down.weight[:, [5, 60]] = 0
     with pytest.raises(ModelError, match=r"^no outlier tokens: .* there is nothing to patch"):
-        find_neurons(planted.vit, images)
+        find_neurons(PyTorchSubject(planted.vit), images)
 
 
 def test_selection_that_changes_the_output_too_much_fails(
@@ -189,7 +194,7 @@ def test_selection_that_changes_the_output_too_much_fails(
     model = vit_tiny(class_token=False, global_pool="avg")
     vit = planter(model, pictures(16, 1), [(2, 5), (2, 60)]).vit
     with pytest.raises(GateError) as caught:
-        find_neurons(vit, TensorImages(pictures(24, 2)))
+        find_neurons(PyTorchSubject(vit), ArrayImages(pictures(24, 2).numpy()))
     message = str(caught.value)
     assert "the selection fails on 6 images used neither for scoring nor for selection" in message
     assert "median cosine of the model's output (pooled) to the unpatched one is 0." in message
@@ -200,7 +205,7 @@ def test_selection_that_changes_the_output_too_much_fails(
 def test_too_few_images(pictures: Pictures) -> None:
     vit = from_module(vit_tiny(), (64, 64))
     with pytest.raises(InputError, match=r"^5 images came; finding needs at least 6"):
-        find_neurons(vit, TensorImages(pictures(5, 2)))
+        find_neurons(PyTorchSubject(vit), ArrayImages(pictures(5, 2).numpy()))
 
 
 def test_weights_that_are_not_finite(planter: Planter, pictures: Pictures) -> None:
@@ -208,7 +213,7 @@ def test_weights_that_are_not_finite(planter: Planter, pictures: Pictures) -> No
     with torch.no_grad():
         vit.blocks[3].down.weight[0, 0] = torch.nan
     with pytest.raises(ModelError, match=r"layer 3: 768 of 768 patch norms .* NaN or infinite"):
-        find_neurons(vit, TensorImages(pictures(24, 2)))
+        find_neurons(PyTorchSubject(vit), ArrayImages(pictures(24, 2).numpy()))
 
 
 @pytest.mark.parametrize(
@@ -235,10 +240,10 @@ def test_rounding() -> None:
 @pytest.mark.gpu
 def test_cuda_finds_the_same_units(planter: Planter, pictures: Pictures) -> None:
     planted = planter(vit_tiny(), pictures(16, 1), [(2, 5), (2, 60)])
-    images = TensorImages(pictures(24, 2))
-    on_cpu = find_neurons(planted.vit, images)
+    images = ArrayImages(pictures(24, 2).numpy())
+    on_cpu = find_neurons(PyTorchSubject(planted.vit), images)
     planted.vit.module.cuda()
-    on_cuda = find_neurons(planted.vit, images)
+    on_cuda = find_neurons(PyTorchSubject(planted.vit), images)
     for a, b in zip(on_cpu.neurons.neurons, on_cuda.neurons.neurons, strict=True):
         assert (a.layer, a.index, a.sign) == (b.layer, b.index, b.sign)
         assert b.score == pytest.approx(a.score, rel=1e-2)

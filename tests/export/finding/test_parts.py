@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -14,7 +14,8 @@ from regraft.errors import InputError
 from regraft.pipeline import Failure
 from regraft.preprocessing import Preprocessing
 from regraft_export.finding import parts
-from regraft_export.finding.parts import FileImages, TensorImages, gathered, split
+from regraft_export.finding.parts import ArrayImages, FileImages, gathered, split
+from regraft_export.finding.subject import Floats
 
 PREPROCESSING = Preprocessing((8, 8), (0, 0, 0), (1, 1, 1), "none", (8, 8))
 
@@ -32,7 +33,7 @@ def paths(tmp_path: Path) -> list[Path]:
     return files
 
 
-def levels(batches: list[torch.Tensor]) -> list[int]:
+def levels(batches: list[Floats]) -> list[int]:
     return [round(float(v) * 25.5) for batch in batches for v in batch[:, 0, 0, 0]]
 
 
@@ -59,9 +60,9 @@ def test_too_few_images(count: int, came: str) -> None:
         split(count, 0)
 
 
-def test_tensors_in_batches() -> None:
-    pixels = torch.arange(7.0)[:, None, None, None].expand(7, 3, 2, 2)
-    images = TensorImages(pixels, batch_size=2)
+def test_arrays_in_batches() -> None:
+    pixels = np.broadcast_to(np.arange(7, dtype=np.float32)[:, None, None, None], (7, 3, 2, 2))
+    images = ArrayImages(pixels, batch_size=2)
     assert len(images) == 7
     got = [batch[:, 0, 0, 0].tolist() for batch in images.batches([6, 1, 2, 3, 5])]
     assert got == [[6, 1], [2, 3], [5]]

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from regraft.errors import GateError, InputError, ModelError
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft_export.finding.outliers import Detection, detect
+from regraft_export.finding.pytorch import PyTorchSubject
 from regraft_export.finding.report import Report, make_report, random_neurons
 from regraft_export.finding.score import Scores, gather_norms, score_neurons
+from regraft_export.finding.subject import Floats
 from regraft_export.vit.structure import VisionTransformer, from_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,8 +35,8 @@ def tiny_vit(**options: Any) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def pixels(pictures: Callable[..., Tensor]) -> Tensor:
-    return pictures(8, 3)
+def pixels(pictures: Callable[..., Tensor]) -> Floats:
+    return pictures(8, 3).numpy()
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +45,21 @@ def vit(planter: Callable[..., Any], pictures: Callable[..., Tensor]) -> VisionT
 
 
 @pytest.fixture(scope="module")
-def detection(vit: VisionTransformer, pixels: Tensor) -> Detection:
-    return detect(gather_norms(vit, [pixels]))
+def detection(vit: VisionTransformer, pixels: Floats) -> Detection:
+    return detect(gather_norms(PyTorchSubject(vit), [pixels]))
 
 
 @pytest.fixture(scope="module")
-def scores(vit: VisionTransformer, pixels: Tensor, detection: Detection) -> Scores:
-    return score_neurons(vit, [pixels], detection)
+def scores(vit: VisionTransformer, pixels: Floats, detection: Detection) -> Scores:
+    return score_neurons(PyTorchSubject(vit), [pixels], detection)
 
 
 NEURONS = Neurons(tuple(RegisterNeuron(layer, index) for layer, index in UNITS))
 
 
 @pytest.fixture(scope="module")
-def made(vit: VisionTransformer, pixels: Tensor, detection: Detection, scores: Scores) -> Report:
-    return make_report(vit, pixels, detection, scores, NEURONS, batch_size=3)
+def made(vit: VisionTransformer, pixels: Floats, detection: Detection, scores: Scores) -> Report:
+    return make_report(PyTorchSubject(vit), pixels, detection, scores, NEURONS, batch_size=3)
 
 
 def test_figures(made: Report) -> None:
@@ -87,17 +89,20 @@ def test_profile(made: Report) -> None:
 
 
 def test_a_model_without_pooled_output_is_compared_by_its_class_token(
-    vit: VisionTransformer, pixels: Tensor, detection: Detection, scores: Scores
+    vit: VisionTransformer, pixels: Floats, detection: Detection, scores: Scores
 ) -> None:
     tokens_only = nn.Module()
     tokens_only.inner = vit.module
     tokens_only.forward = lambda x: vit.module.forward_features(x)  # type: ignore[method-assign]
     seen = from_module(tokens_only, (64, 64))
-    report = make_report(seen, pixels, detection, scores, NEURONS)
+    report = make_report(PyTorchSubject(seen), pixels, detection, scores, NEURONS)
     assert report.output == "class token"
     assert report.after["removed"] == 1
     headless = replace(seen, layout=replace(seen.layout, class_token=False))
-    assert make_report(headless, pixels, detection, scores, NEURONS).output == "mean patch"
+    assert (
+        make_report(PyTorchSubject(headless), pixels, detection, scores, NEURONS).output
+        == "mean patch"
+    )
 
 
 def test_random_neurons_are_others_of_the_same_layers(scores: Scores) -> None:
@@ -135,15 +140,17 @@ def test_images_without_outliers(
     vit: VisionTransformer, detection: Detection, scores: Scores
 ) -> None:
     with pytest.raises(InputError, match=r"none of the 3 images for the report has an outlier"):
-        make_report(vit, torch.randn(3, 3, 64, 64), detection, scores, NEURONS)
+        make_report(
+            PyTorchSubject(vit), torch.randn(3, 3, 64, 64).numpy(), detection, scores, NEURONS
+        )
 
 
 def test_outputs_that_are_not_finite(
-    vit: VisionTransformer, pixels: Tensor, detection: Detection, scores: Scores
+    vit: VisionTransformer, pixels: Floats, detection: Detection, scores: Scores
 ) -> None:
     broken = replace(vit, module=_WithNan(vit.module))
     with pytest.raises(ModelError, match=r"NaN or infinite values on 1 of 8 images"):
-        make_report(broken, pixels, detection, scores, NEURONS)
+        make_report(PyTorchSubject(broken), pixels, detection, scores, NEURONS)
 
 
 class _WithNan(nn.Module):
@@ -164,8 +171,8 @@ def test_median_cosine_is_over_images() -> None:
 
     norms = np.ones((1, 3, 4), np.float32)
     norms[0, :, 0] = 9
-    before = Run(norms, torch.eye(3), "pooled", np.zeros((1, 3, 0), np.float32))
-    turned = torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 1, 0]])
+    before = Run(norms, np.eye(3, dtype=np.float32), "pooled", np.zeros((1, 3, 0), np.float32))
+    turned = np.array([[1, 0, 0], [0, 1, 1], [0, 1, 0]], np.float32)
     after = Run(norms, turned, "pooled", np.full((1, 3, 1), 5.0, np.float32))
     where: Any = SimpleNamespace(layer=0, threshold=3.0)
     figures = _figures(after, before, where)

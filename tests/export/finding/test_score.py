@@ -15,9 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from regraft.errors import InputError, ModelError
-from regraft_export.finding import score
+from regraft_export.finding import pytorch, score
+from regraft_export.finding.judge import in_batches
 from regraft_export.finding.outliers import Detection, detect
+from regraft_export.finding.pytorch import PyTorchSubject
 from regraft_export.finding.score import gather_norms, score_neurons
+from regraft_export.finding.subject import Floats
 from regraft_export.vit.structure import VisionTransformer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,26 +37,26 @@ def tiny_vit(**options: Any) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def pixels(pictures: Callable[..., Tensor]) -> Tensor:
-    return pictures(12, 3)
+def pixels(pictures: Callable[..., Tensor]) -> Floats:
+    return pictures(12, 3).numpy()
 
 
 @pytest.fixture(scope="module")
-def vit(planter: Callable[..., Any], pixels: Tensor) -> VisionTransformer:
+def vit(planter: Callable[..., Any], pixels: Floats) -> VisionTransformer:
     model = tiny_vit(init_values=0.5)
     for name, parameter in model.named_parameters():
         if name.endswith("gamma"):
             parameter.data.uniform_(0.2, 1.5)
-    return planter(model, pixels, UNITS, negative=NEGATIVE).vit
+    return planter(model, torch.from_numpy(pixels), UNITS, negative=NEGATIVE).vit
 
 
 @pytest.fixture(scope="module")
-def detection(vit: VisionTransformer, pixels: Tensor) -> Detection:
-    return detect(gather_norms(vit, [pixels]))
+def detection(vit: VisionTransformer, pixels: Floats) -> Detection:
+    return detect(gather_norms(PyTorchSubject(vit), [pixels]))
 
 
 def by_definition(
-    vit: VisionTransformer, pixels: Tensor, detection: Detection
+    vit: VisionTransformer, pixels: Floats, detection: Detection
 ) -> dict[str, list[np.ndarray]]:
     """The scores by loops over images and tokens, in float64, from activations of plain hooks."""
     hidden: dict[int, Tensor] = {}
@@ -65,7 +68,7 @@ def by_definition(
         hooks += [block.down.register_forward_pre_hook(keep)]
         hooks += [block.module.register_forward_hook(out)]
     with torch.no_grad():
-        vit.module(pixels)
+        vit.module(torch.from_numpy(pixels))
     for hook in hooks:
         hook.remove()
     prefix = vit.layout.prefix
@@ -98,11 +101,11 @@ def by_definition(
 
 @pytest.mark.parametrize("kind", ["contribution", "activation"])
 def test_scores_equal_their_definition(
-    vit: VisionTransformer, pixels: Tensor, detection: Detection, kind: score.Score
+    vit: VisionTransformer, pixels: Floats, detection: Detection, kind: score.Score
 ) -> None:
     # One image without an outlier: it adds nothing to any sum.
-    mixed = torch.cat([pixels[:5], torch.randn(1, *pixels.shape[1:])])
-    got = score_neurons(vit, [mixed[:4], mixed[4:]], detection, kind=kind)
+    mixed = np.concatenate([pixels[:5], torch.randn(1, *pixels.shape[1:]).numpy()])
+    got = score_neurons(PyTorchSubject(vit), [mixed[:4], mixed[4:]], detection, kind=kind)
     expected = by_definition(vit, mixed, detection)[kind]
     assert (got.images, got.images_with_outliers, got.outliers) == (6, 5, 10)
     assert len(got.score) == detection.layer + 1
@@ -111,63 +114,63 @@ def test_scores_equal_their_definition(
 
 
 def test_contribution_ranks_the_true_units_first(
-    vit: VisionTransformer, pixels: Tensor, detection: Detection
+    vit: VisionTransformer, pixels: Floats, detection: Detection
 ) -> None:
-    scores = score_neurons(vit, [pixels], detection)
+    scores = score_neurons(PyTorchSubject(vit), [pixels], detection)
     assert set(scores.ranking()[: len(UNITS)]) == set(UNITS)
     layer, index = NEGATIVE[0]
     assert scores.score[layer][index] > 0 > scores.activation[layer][index]
 
 
 def test_activation_cannot_see_units_that_act_through_negative_values(
-    vit: VisionTransformer, pixels: Tensor, detection: Detection
+    vit: VisionTransformer, pixels: Floats, detection: Detection
 ) -> None:
-    ranking = score_neurons(vit, [pixels], detection, kind="activation").ranking()
+    ranking = score_neurons(PyTorchSubject(vit), [pixels], detection, kind="activation").ranking()
     assert set(ranking[:2]) == set(UNITS) - set(NEGATIVE)
     assert NEGATIVE[0] not in ranking
 
 
-def test_layer_cap(vit: VisionTransformer, pixels: Tensor, detection: Detection) -> None:
-    capped = score_neurons(vit, [pixels], detection, kind="activation", max_layer=2)
+def test_layer_cap(vit: VisionTransformer, pixels: Floats, detection: Detection) -> None:
+    capped = score_neurons(PyTorchSubject(vit), [pixels], detection, kind="activation", max_layer=2)
     assert {layer for layer, _ in capped.ranking()} == {0, 1, 2}
     with pytest.raises(InputError, match=r"max layer is 4; expected 0 to 3, the detection layer"):
-        score_neurons(vit, [pixels], detection, max_layer=4)
+        score_neurons(PyTorchSubject(vit), [pixels], detection, max_layer=4)
 
 
 @settings(max_examples=8, deadline=None)
 @given(size=st.integers(1, 12), kept=st.sampled_from([1, 3_000_000, 1 << 30]))
 def test_scores_do_not_depend_on_the_batches(
-    vit: VisionTransformer, pixels: Tensor, detection: Detection, size: int, kept: int
+    vit: VisionTransformer, pixels: Floats, detection: Detection, size: int, kept: int
 ) -> None:
-    whole = score_neurons(vit, [pixels], detection)
+    whole = score_neurons(PyTorchSubject(vit), [pixels], detection)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(score, "MAX_KEPT_BYTES", kept)
-        parts = score_neurons(vit, torch.split(pixels, size), detection)
+        parts = score_neurons(PyTorchSubject(vit), in_batches(pixels, size), detection)
     for a, b in zip(whole.score, parts.score, strict=True):
         assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
     assert parts.ranking()[:10] == whole.ranking()[:10]
 
 
 def test_activations_kept_stay_under_the_bound(
-    vit: VisionTransformer, pixels: Tensor, detection: Detection, monkeypatch: pytest.MonkeyPatch
+    vit: VisionTransformer, pixels: Floats, detection: Detection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    run_until = score.run_until
+    run_until = pytorch.run_until
 
     def spy(vit: Any, batch: Tensor, *rest: Any) -> Any:
         partial = run_until(vit, batch, *rest)
         seen.append(sum(h.nbytes for h in partial.hidden.values()))
         return partial
 
-    monkeypatch.setattr(score, "run_until", spy)
+    monkeypatch.setattr(pytorch, "run_until", spy)
     monkeypatch.setattr(score, "MAX_KEPT_BYTES", 700_000)
-    score_neurons(vit, [pixels], detection)
+    score_neurons(PyTorchSubject(vit), [pixels], detection)
     # 65 tokens, 192 units, 4 layers, 4 bytes: 199,680 an image, so three fit.
     assert seen == [599_040] * 4
 
 
 def test_nothing_is_retained_per_image(
-    vit: VisionTransformer, pixels: Tensor, detection: Detection
+    vit: VisionTransformer, pixels: Floats, detection: Detection
 ) -> None:
     def live_bytes() -> int:
         gc.collect()
@@ -178,22 +181,22 @@ def test_nothing_is_retained_per_image(
 
     held: list[int] = []
 
-    def stream(count: int) -> Iterator[Tensor]:
+    def stream(count: int) -> Iterator[Floats]:
         for _ in range(count):
             held.append(live_bytes())
             yield pixels[:2]
 
-    gather_norms(vit, stream(6))
-    score_neurons(vit, stream(6), detection)
+    gather_norms(PyTorchSubject(vit), stream(6))
+    score_neurons(PyTorchSubject(vit), stream(6), detection)
     norms, scores = held[:6], held[6:]
     assert max(norms[2:]) <= norms[1]
     assert max(scores[2:]) <= scores[1]
-    # Between batches there are sums (4 layers, 4 times 192 float64), but no activations: those of
+    # Between batches there are the last sums (4 layers, 4 times 192 float64), no activations: of
     # one image alone are 199,680 bytes.
     assert 4 * 4 * 192 * 8 <= max(scores) - min(norms) < 60_000
 
 
-def test_forward_passes_used(vit: VisionTransformer, pixels: Tensor, detection: Detection) -> None:
+def test_forward_passes_used(vit: VisionTransformer, pixels: Floats, detection: Detection) -> None:
     calls = [0] * len(vit.blocks)
     hooks = []
     for i, block in enumerate(vit.blocks):
@@ -202,8 +205,8 @@ def test_forward_passes_used(vit: VisionTransformer, pixels: Tensor, detection: 
             calls[i] += len(a[0])
 
         hooks.append(block.module.register_forward_pre_hook(count))
-    gather_norms(vit, [pixels])
-    score_neurons(vit, [pixels], detection)
+    gather_norms(PyTorchSubject(vit), [pixels])
+    score_neurons(PyTorchSubject(vit), [pixels], detection)
     for hook in hooks:
         hook.remove()
     # Detection runs every block once, scoring those up to the detection layer (3) once more.
@@ -211,25 +214,25 @@ def test_forward_passes_used(vit: VisionTransformer, pixels: Tensor, detection: 
 
 
 def test_no_outliers_in_the_images(vit: VisionTransformer, detection: Detection) -> None:
-    noise = torch.randn(4, 3, 64, 64)
+    noise = torch.randn(4, 3, 64, 64).numpy()
     with pytest.raises(ModelError, match=r"at layer 3 in the 4 images used for scoring"):
-        score_neurons(vit, [noise], detection)
+        score_neurons(PyTorchSubject(vit), [noise], detection)
 
 
 def test_features_that_are_not_finite(
-    vit: VisionTransformer, pixels: Tensor, detection: Detection
+    vit: VisionTransformer, pixels: Floats, detection: Detection
 ) -> None:
-    broken = pixels.clone()
-    broken[3, 0, 0, 0] = torch.nan
+    broken = pixels.copy()
+    broken[3, 0, 0, 0] = np.nan
     with pytest.raises(ModelError, match=r"layer 0: 64 of 768 patch norms .* NaN or infinite"):
-        gather_norms(vit, [broken])
+        gather_norms(PyTorchSubject(vit), [broken])
 
 
 def test_hooks_are_gone_afterwards(
-    vit: VisionTransformer, pixels: Tensor, detection: Detection
+    vit: VisionTransformer, pixels: Floats, detection: Detection
 ) -> None:
-    score_neurons(vit, [pixels], detection)
-    gather_norms(vit, [pixels])
+    score_neurons(PyTorchSubject(vit), [pixels], detection)
+    gather_norms(PyTorchSubject(vit), [pixels])
     for module in vit.module.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks

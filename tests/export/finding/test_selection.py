@@ -18,9 +18,11 @@ from regraft_export.finding import judge as judge_module
 from regraft_export.finding.judge import Judge, Limits, Outcome, Unit, register_neurons
 from regraft_export.finding.outliers import Detection, detect
 from regraft_export.finding.passes import patch_norms, run_until
+from regraft_export.finding.pytorch import PyTorchSubject
 from regraft_export.finding.score import Scores, gather_norms, score_neurons
 from regraft_export.finding.search import Search, sizes
 from regraft_export.finding.selection import select
+from regraft_export.finding.subject import Floats
 from regraft_export.vit.hooks import redirected
 from regraft_export.vit.structure import VisionTransformer
 
@@ -38,8 +40,8 @@ def tiny_vit(**options: Any) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def pixels(pictures: Callable[..., Tensor]) -> Tensor:
-    return pictures(10, 3)
+def pixels(pictures: Callable[..., Tensor]) -> Floats:
+    return pictures(10, 3).numpy()
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +50,13 @@ def vit(planter: Callable[..., Any], pictures: Callable[..., Tensor]) -> VisionT
 
 
 @pytest.fixture(scope="module")
-def detection(vit: VisionTransformer, pixels: Tensor) -> Detection:
-    return detect(gather_norms(vit, [pixels]))
+def detection(vit: VisionTransformer, pixels: Floats) -> Detection:
+    return detect(gather_norms(PyTorchSubject(vit), [pixels]))
 
 
 @pytest.fixture(scope="module")
-def scores(vit: VisionTransformer, pixels: Tensor, detection: Detection) -> Scores:
-    return score_neurons(vit, [pixels], detection)
+def scores(vit: VisionTransformer, pixels: Floats, detection: Detection) -> Scores:
+    return score_neurons(PyTorchSubject(vit), [pixels], detection)
 
 
 class PretendJudge:
@@ -169,9 +171,9 @@ def test_sizes_that_are_tried() -> None:
 
 
 def test_units_and_signs(
-    vit: VisionTransformer, pixels: Tensor, detection: Detection, scores: Scores
+    vit: VisionTransformer, pixels: Floats, detection: Detection, scores: Scores
 ) -> None:
-    chosen = select(vit, pixels, detection, scores)
+    chosen = select(PyTorchSubject(vit), pixels, detection, scores)
     signs = {(n.layer, n.index): n.sign for n in chosen.neurons.neurons}
     assert signs == {unit: -1 if unit in NEGATIVE else 1 for unit in UNITS}
     assert chosen.before == 20
@@ -184,15 +186,15 @@ def test_units_and_signs(
 
 
 def test_value_is_what_the_register_receives(
-    vit: VisionTransformer, pixels: Tensor, detection: Detection, scores: Scores
+    vit: VisionTransformer, pixels: Floats, detection: Detection, scores: Scores
 ) -> None:
-    neurons = select(vit, pixels, detection, scores, batch_size=3).neurons
+    neurons = select(PyTorchSubject(vit), pixels, detection, scores, batch_size=3).neurons
     hidden: list[Tensor] = []
     with redirected(vit, neurons), torch.no_grad():
         down = vit.blocks[2].down
         # In front of the redirect's own hook: the activations as the network made them.
         hook = down.register_forward_pre_hook(lambda m, a: hidden.append(a[0]), prepend=True)
-        vit.module(pixels)
+        vit.module(torch.from_numpy(pixels))
         hook.remove()
     for n in neurons.neurons:
         over_tokens = hidden[0][:, :, n.index] * n.sign
@@ -203,21 +205,21 @@ def test_value_is_what_the_register_receives(
 
 
 def test_constant_value_does_the_same(
-    vit: VisionTransformer, pixels: Tensor, detection: Detection, scores: Scores
+    vit: VisionTransformer, pixels: Floats, detection: Detection, scores: Scores
 ) -> None:
-    neurons = select(vit, pixels, detection, scores).neurons
+    neurons = select(PyTorchSubject(vit), pixels, detection, scores).neurons
     outputs = []
     with torch.no_grad():
         for value in ("per-neuron", "constant"):
             with redirected(vit, neurons, RedirectOptions(value=value)):
-                outputs.append(vit.module(pixels))
+                outputs.append(vit.module(torch.from_numpy(pixels)))
     assert torch.cosine_similarity(*outputs).min() > 0.9999
 
 
 def test_judge_gives_up_early_and_remembers(
-    vit: VisionTransformer, pixels: Tensor, detection: Detection, scores: Scores
+    vit: VisionTransformer, pixels: Floats, detection: Detection, scores: Scores
 ) -> None:
-    judge = Judge(vit, pixels, detection, scores, batch_size=2)
+    judge = Judge(PyTorchSubject(vit), pixels, detection, scores, batch_size=2)
     limits = judge.limits()
     assert [round(entry.norm / judge.median, 3) for entry in limits] == [1.8, 2.0]
     assert limits[0].outliers == 0
@@ -234,12 +236,13 @@ def test_judge_gives_up_early_and_remembers(
 
 
 def test_judge_agrees_with_a_plain_pass(
-    vit: VisionTransformer, pixels: Tensor, detection: Detection, scores: Scores
+    vit: VisionTransformer, pixels: Floats, detection: Detection, scores: Scores
 ) -> None:
-    judge = Judge(vit, pixels, detection, scores, batch_size=3)
+    judge = Judge(PyTorchSubject(vit), pixels, detection, scores, batch_size=3)
     some = UNITS[:2]
     with redirected(vit, register_neurons(some, scores)):
-        norms = patch_norms(vit, run_until(vit, pixels, detection.layer).tokens)
+        tokens = run_until(vit, torch.from_numpy(pixels), detection.layer).tokens
+        norms = patch_norms(vit, tokens)
     outcome = judge.run(some)
     assert outcome.complete
     assert outcome.outliers == int((norms > detection.threshold).sum())
@@ -258,7 +261,7 @@ def hf_vit(planter: Callable[..., Any], pictures: Callable[..., Tensor]) -> Visi
 @pytest.mark.parametrize("library", ["timm", "transformers"])
 def test_passes_begin_at_the_first_touched_layer_and_give_the_same(
     vit: VisionTransformer,
-    pixels: Tensor,
+    pixels: Floats,
     library: str,
     planter: Callable[..., Any],
     pictures: Callable[..., Tensor],
@@ -266,8 +269,8 @@ def test_passes_begin_at_the_first_touched_layer_and_give_the_same(
 ) -> None:
     if library == "transformers":
         vit = hf_vit(planter, pictures)
-    detection = detect(gather_norms(vit, [pixels]))
-    scores = score_neurons(vit, [pixels], detection)
+    detection = detect(gather_norms(PyTorchSubject(vit), [pixels]))
+    scores = score_neurons(PyTorchSubject(vit), [pixels], detection)
     widths: list[int] = []
     vit_before = dict(vars(vit.blocks[0].module))
     handle = vit.blocks[0].down.register_forward_pre_hook(lambda m, a: widths.append(len(a[0])))
@@ -275,7 +278,7 @@ def test_passes_begin_at_the_first_touched_layer_and_give_the_same(
     found, ran = [], []
     for room in (1 << 30, 0):
         monkeypatch.setattr(judge_module, "MAX_KEPT_BYTES", room)
-        judge = Judge(vit, pixels, detection, scores, batch_size=4)
+        judge = Judge(PyTorchSubject(vit), pixels, detection, scores, batch_size=4)
         widths.clear()
         found.append([judge.run(units) for units in sets])
         ran.append(sum(widths))
@@ -289,23 +292,23 @@ def test_passes_begin_at_the_first_touched_layer_and_give_the_same(
 
 def test_no_more_is_kept_than_there_is_room_for(
     vit: VisionTransformer,
-    pixels: Tensor,
+    pixels: Floats,
     detection: Detection,
     scores: Scores,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     one_image = (vit.layout.count + 1) * vit.layout.width * 4
     monkeypatch.setattr(judge_module, "MAX_KEPT_BYTES", 6 * one_image)
-    judge = Judge(vit, pixels, detection, scores, batch_size=4)
+    judge = Judge(PyTorchSubject(vit), pixels, detection, scores, batch_size=4)
     for units in (UNITS[:1], [(1, 4), (2, 5)]):
         judge.run(units)
     assert sum(output.numel() * 4 for output in judge._starts.values()) == 6 * one_image
 
 
 def test_ordinary_patches_beyond_twice_the_median_set_the_last_limit(
-    vit: VisionTransformer, pixels: Tensor, detection: Detection, scores: Scores
+    vit: VisionTransformer, pixels: Floats, detection: Detection, scores: Scores
 ) -> None:
-    judge = Judge(vit, pixels, detection, scores)
+    judge = Judge(PyTorchSubject(vit), pixels, detection, scores)
     judge.largest_ordinary = 2.6 * judge.median
     assert [round(entry.norm / judge.median, 2) for entry in judge.limits()] == [1.8, 2.0, 2.63]
 
@@ -315,14 +318,14 @@ def test_outcome_with_nan_fails() -> None:
 
 
 def test_nothing_removes_the_outliers(
-    vit: VisionTransformer, pixels: Tensor, detection: Detection, scores: Scores
+    vit: VisionTransformer, pixels: Floats, detection: Detection, scores: Scores
 ) -> None:
     silent = tuple(s.copy() for s in scores.score)
     for layer, index in UNITS[:3]:
         silent[layer][index] = 0
     without = Scores("contribution", silent, scores.activation, 20, 10, 10)
     with pytest.raises(GateError) as caught:
-        select(vit, pixels, detection, without, max_neurons=20)
+        select(PyTorchSubject(vit), pixels, detection, without, max_neurons=20)
     message = str(caught.value)
     assert "no set of at most 20 units removes the outlier tokens at layer 2" in message
     assert "remove 0.0% of 20 and leave the largest patch norm at" in message
@@ -330,23 +333,23 @@ def test_nothing_removes_the_outliers(
 
 
 def test_no_positive_score(
-    vit: VisionTransformer, pixels: Tensor, detection: Detection, scores: Scores
+    vit: VisionTransformer, pixels: Floats, detection: Detection, scores: Scores
 ) -> None:
     none = Scores(
         "contribution", tuple(-abs(s) for s in scores.score), scores.activation, 20, 10, 10
     )
     with pytest.raises(GateError, match="no unit has a positive score"):
-        select(vit, pixels, detection, none)
+        select(PyTorchSubject(vit), pixels, detection, none)
 
 
 def test_images_without_outliers(
     vit: VisionTransformer, detection: Detection, scores: Scores
 ) -> None:
-    noise = torch.randn(4, 3, 64, 64)
+    noise = torch.randn(4, 3, 64, 64).numpy()
     with pytest.raises(InputError, match=r"none of the 4 images for selection has an outlier"):
-        select(vit, noise, detection, scores)
+        select(PyTorchSubject(vit), noise, detection, scores)
     with pytest.raises(InputError, match="max neurons is 0; expected at least 1"):
-        select(vit, noise, detection, scores, max_neurons=0)
+        select(PyTorchSubject(vit), noise, detection, scores, max_neurons=0)
 
 
 def test_two_layers_that_write_one_after_the_other(
@@ -355,11 +358,11 @@ def test_two_layers_that_write_one_after_the_other(
     # The units of layer 3 answer to what those of layer 1 wrote, so that layer 1 suffices.
     units = [(1, 5), (1, 60), (3, 7), (3, 9)]
     vit = planter(tiny_vit(), pictures(16, 1), units).vit
-    pixels = pictures(10, 3)
-    detection = detect(gather_norms(vit, [pixels]))
+    pixels = pictures(10, 3).numpy()
+    detection = detect(gather_norms(PyTorchSubject(vit), [pixels]))
     assert detection.layer == 3
-    scores = score_neurons(vit, [pixels], detection)
+    scores = score_neurons(PyTorchSubject(vit), [pixels], detection)
     assert set(scores.ranking()[:4]) == set(units)
-    chosen = select(vit, pixels, detection, scores)
+    chosen = select(PyTorchSubject(vit), pixels, detection, scores)
     assert chosen.neurons.layers == (1,)
     assert {(n.layer, n.index) for n in chosen.neurons.neurons} <= set(units)

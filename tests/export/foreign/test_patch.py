@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from tests.support import handmade_vit, models
+from tests.support.exporters import ANY, BATCH, CASES, EVERYTHING, dynamo, torchscript
+from tests.support.foreign_files import REFUSALS, bad
 from tests.support.graphs import open_session
 from tests.support.traces import error
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft.parity import LIMITS
@@ -33,80 +31,6 @@ from regraft_export.onnx_file.read import read_file
 from regraft_export.onnx_file.write import write_file
 from regraft_export.vit.hooks import redirected
 from regraft_export.vit.structure import VisionTransformer, from_module
-
-EVERYTHING = RedirectOptions(
-    value="per-layer", cls="keep", patches="only-outliers", registers=2, scale=(1.0, 0.5)
-)
-
-
-def dynamo(module: nn.Module, size: tuple[int, int], path: Path, opset: int, **more: Any) -> None:
-    example = torch.zeros(2, 3, *size, dtype=next(module.parameters()).dtype)
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            module,
-            (example,),
-            dynamo=True,
-            opset_version=opset,
-            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-            verbose=False,
-            **more,
-        )
-    assert program is not None
-    onnx.save(program.model_proto, path)
-
-
-def torchscript(
-    module: nn.Module, size: tuple[int, int], path: Path, opset: int, axes: Any = None
-) -> None:
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            module,
-            (torch.zeros(1, 3, *size),),
-            str(path),
-            dynamo=False,
-            opset_version=opset,
-            input_names=["pixel_values"],
-            dynamic_axes=None if axes is None else {"pixel_values": axes},
-        )
-
-
-BATCH = {0: "batch"}
-ANY = {0: "batch", 2: "height", 3: "width"}
-CASES = [
-    ("timm", "dynamo", 18, {}),
-    ("timm", "dynamo", 23, {}),
-    ("timm_swiglu", "dynamo", 20, {"optimize": False}),
-    ("timm_clip", "dynamo", 24, {}),
-    ("hf_vit", "dynamo", 23, {"optimize": False}),
-    ("hf_dinov2", "dynamo", 20, {}),
-    ("timm", "torchscript", 14, {"axes": BATCH}),
-    ("timm", "torchscript", 17, {}),
-    ("timm_clip", "torchscript", 14, {}),
-    ("timm_siglip", "torchscript", 18, {"axes": BATCH}),
-    ("timm_swiglu", "torchscript", 17, {"axes": BATCH}),
-    ("hf_clip", "torchscript", 17, {"axes": BATCH}),
-    ("hf_dinov2", "torchscript", 18, {"axes": ANY}),
-    ("hf_clip_projection", "dynamo", 18, {}),
-]
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``file(family, exporter, opset, options)``: a file as that exporter writes it."""
-    folder, made = tmp_path_factory.mktemp("foreign"), dict[str, Path]()
-
-    def get(family: str, exporter: str, opset: int, options: Any) -> Path:
-        name = f"{family}-{exporter}-{opset}-{'-'.join(map(str, options))}"
-        if name not in made:
-            made[name] = folder / f"{name}.onnx"
-            write = dynamo if exporter == "dynamo" else torchscript
-            size = models.FAMILIES[family].size
-            write(models.vit(family).module, size, made[name], opset, **options)
-        return made[name]
-
-    return get
 
 
 def patched(
@@ -163,12 +87,6 @@ def test_a_patched_file_equals_pytorch_with_hooks(
 
 @pytest.mark.parametrize("value", ["per-neuron", "constant"])
 def test_a_gemm_over_rows_of_tokens(value: Any, tmp_path: Path) -> None:
-    class Flat(handmade_vit.Block):
-        def forward(self, x: Tensor) -> Tensor:
-            x = x + self.attention(self.before_attention(x))
-            rows = self.before_mlp(x).reshape(-1, handmade_vit.WIDTH)
-            return x + self.narrow(F.gelu(self.widen(rows))).reshape(x.shape)
-
     module, _ = handmade_vit.planted()
     vit = from_module(module.eval().requires_grad_(False), (32, 32))
     neurons = models.neurons(vit, layers=(1, 2))
@@ -176,26 +94,11 @@ def test_a_gemm_over_rows_of_tokens(value: Any, tmp_path: Path) -> None:
     pixels = images((32, 32))
     expected = right(vit, pixels, neurons, options)[0]
     for block in module.layers:  # type: ignore[union-attr]  # nn.Module gives no types
-        block.__class__ = Flat
+        block.__class__ = handmade_vit.FlatBlock
     torchscript(module, (32, 32), tmp_path / "in.onnx", 17, BATCH)
     assert "Gemm" in {n.op_type for n in onnx.load(tmp_path / "in.onnx").graph.node}
     patched(tmp_path / "in.onnx", neurons, options, tmp_path / "out.onnx")
     assert error(outputs(tmp_path / "out.onnx", pixels.numpy())[0], expected) < 1e-5
-
-
-class AnySize(handmade_vit.HandmadeVit):
-    """Positions are resampled to the image."""
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        grid = self.cut(pixels)
-        at = self.positions[:, 1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
-        at = F.interpolate(at, size=grid.shape[2:], mode="bilinear")
-        patches = (grid + at).flatten(2).transpose(1, 2)
-        first = (self.cls_token + self.positions[:, :1]).expand(pixels.shape[0], -1, -1)
-        x = torch.cat([first, patches], dim=1)
-        for layer in self.layers:
-            x = layer(x)
-        return self.last(x)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +107,7 @@ class AnySize(handmade_vit.HandmadeVit):
     ids=["paper", "everything", "constant"],
 )
 def test_a_file_for_any_image_size_stays_one(options: RedirectOptions, tmp_path: Path) -> None:
-    module = AnySize()
+    module = handmade_vit.AnySize()
     module.load_state_dict(handmade_vit.planted()[0].state_dict())
     module.eval().requires_grad_(False)
     torchscript(module, (32, 32), tmp_path / "in.onnx", 17, ANY)
@@ -408,54 +311,6 @@ def test_another_fine_tune_is_refused_unless_forced(
     assert "(forced)" in err
 
 
-def bad(kind: str, folder: Path, file: Callable[..., Path]) -> Path:
-    """A file that must be refused."""
-    path = folder / "in.onnx"
-    good = file("timm", "dynamo", 18, {})
-    model = onnx.load(good)
-    if kind == "truncated":
-        path.write_bytes(good.read_bytes()[:-1000])
-    elif kind == "text":
-        path.write_text("no model at all")
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "no data":
-        onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=256)
-        (folder / "w.bin").unlink()
-    elif kind == "short data":
-        onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=256)
-        (folder / "w.bin").write_bytes((folder / "w.bin").read_bytes()[:-4096])
-    elif kind == "outside":
-        onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=256)
-        path.write_bytes(path.read_bytes().replace(b"w.bin", b"/etc/"))
-    elif kind == "old":
-        model.opset_import[0].version = 12
-        onnx.save(model, path)
-    elif kind == "fused":
-        node = next(n for n in model.graph.node if n.op_type == "LayerNormalization")
-        node.op_type, node.domain = "SkipLayerNormalization", "com.microsoft"
-        onnx.save(model, path)
-    elif kind == "no transformer":
-        x = onnx.helper.make_tensor_value_info("x", 1, [2, 3])
-        y = onnx.helper.make_tensor_value_info("y", 1, [2, 3])
-        graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
-        onnx.save(onnx.helper.make_model(graph), path)
-    return path
-
-
-REFUSALS = {
-    "truncated": "is truncated or no ONNX file",
-    "text": "is truncated or no ONNX file",
-    "empty": "is truncated or no ONNX file (it is empty)",
-    "no data": "external data file 'w.bin', which cannot be read (No such file or directory)",
-    "short data": "it is truncated or belongs to another model",
-    "outside": "expected a file in the folder of the model, or below it",
-    "old": "is of opset 12; expected 13 or later",
-    "fused": "fused already (SkipLayerNormalization, of ONNX Runtime's optimiser); patch the file",
-    "no transformer": "no stack of transformer blocks was found",
-}
-
-
 @pytest.mark.parametrize("kind", REFUSALS)
 def test_bad_files_get_one_message_and_nothing_is_written(
     kind: str,
@@ -463,7 +318,7 @@ def test_bad_files_get_one_message_and_nothing_is_written(
     tmp_path: Path,
     regraft: Callable[..., tuple[int, str, str]],
 ) -> None:
-    path = bad(kind, tmp_path, file)
+    path = bad(kind, tmp_path, file("timm", "dynamo", 18, {}))
     neurons = listed(tmp_path / "n.json", [(0, 3)])
     before = {p.name for p in tmp_path.iterdir()}
     code, out, err = regraft("patch", path, "--neurons", neurons, "--out", tmp_path / "o.onnx")

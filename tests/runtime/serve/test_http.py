@@ -124,6 +124,11 @@ def test_the_whole_body_is_an_image(
     assert_features(reply.arrays, extractor, [photos[0]])
 
 
+def test_the_whole_body_is_pixels(server: Server, extractor: Extractor, pixels: np.ndarray) -> None:
+    reply = server.infer("small", pixels[:1].tobytes(), Inference_Header_Content_Length="0")
+    assert_features(reply.arrays, extractor, pixels[:1])
+
+
 def test_raw_images(server: Server, extractor: Extractor, photos: list[Path]) -> None:
     arrays = [np.asarray(decode(path).resize((50, 40))) for path in photos[:2]]
     stacked = np.stack(arrays)
@@ -243,7 +248,7 @@ def test_bad_binary_requests(server: Server) -> None:
         told = refused(body, {"Inference_Header_Content_Length": wrong})
         assert "Inference-Header-Content-Length" in told
     raw_request = {"Inference_Header_Content_Length": "0"}
-    assert "'small_images' takes encoded images" in refused(b"GIF", raw_request)
+    assert "input byte size mismatch for input 'pixel_values'" in refused(b"GIF", raw_request)
     assert "image 0: is empty" in refused(b"", raw_request, "small_images")
 
 

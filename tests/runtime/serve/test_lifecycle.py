@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from tests.support.server import Server, serving, tensor
 
+from regraft.serve import lifecycle
+
 SIZE = 16
 Regraft = Callable[..., tuple[int, str, str]]
 
@@ -25,6 +27,14 @@ def test_signals_end_it_with_0(pristine_bundle: Path, number: signal.Signals) ->
         assert server.stop(number) == 0
         time.sleep(0.1)
         assert not server.lines
+
+
+def test_connections_send_answers_at_once() -> None:
+    with lifecycle._listen("127.0.0.1", 0) as listener:
+        client = socket.create_connection(listener.getsockname()[:2])
+        accepted, _ = listener.accept()
+        with client, accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def _clients(server: Server, count: int) -> tuple[list[threading.Thread], list[str]]:

@@ -85,7 +85,7 @@ def test_the_model_says_shapes_queue_and_warm_up(repository: Path) -> None:
     ):
         assert part in config
     ensemble = (repository / "vit_images" / "config.pbtxt").read_text()
-    assert 'input {\n  name: "image"\n  data_type: TYPE_STRING\n  dims: [1]\n}\n' in ensemble
+    assert 'input {\n  name: "images"\n  data_type: TYPE_STRING\n  dims: [1]\n}\n' in ensemble
     assert ensemble.index('model_name: "vit_preprocess"') < ensemble.index('model_name: "vit"\n')
 
 
@@ -153,7 +153,7 @@ def test_the_preprocessing_is_the_extractors(
     model.initialize({"model_repository": str(repository / "vit_preprocess"), "model_version": "1"})
     images = np.array([[photo.read_bytes()] for photo in photos], object)
     bad = np.array([[photos[0].read_bytes()], [b"no image"]], object)
-    good, (none, error) = model.execute([{"image": images}, {"image": bad}])
+    good, (none, error) = model.execute([{"images": images}, {"images": bad}])
     ((name, pixels),), nothing = good
     assert (name, nothing, none) == ("pixel_values", None, [])
     assert error.code == 3

@@ -10,21 +10,26 @@ from regraft.cli.options import integers
 from regraft.errors import InputError
 
 if TYPE_CHECKING:
-    from regraft_export.sources import LoadedModel
+    from regraft_export.sources import LoadedModel, PreprocessingOverrides
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 _CROP_MODES = ("center", "squash", "border")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares MODEL, ``--weights`` and what overrides the model's own preprocessing."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, also: str = "") -> None:
+    """Declares MODEL, ``--weights`` and what overrides the model's own preprocessing.
+
+    Args:
+        parser: of the command.
+        also: what else MODEL may be there, for its help.
+    """
     parser.add_argument(
         "model",
         metavar="MODEL",
         help="timm:NAME, hf:REPO_OR_FOLDER, open_clip:ARCH/PRETRAINED, hub:REPO:ENTRY (torch.hub; "
         "runs the repository's code), or python:FILE.py:FUNCTION, a function that returns an "
         "nn.Module, or a pair of it and a dict with timm's data-config names (models of "
-        "timm.create_model bring their own)",
+        f"timm.create_model bring their own){also}",
     )
     parser.add_argument(
         "--weights",
@@ -41,6 +46,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--image-size", type=integers(1), metavar="N", help="one number, or height,width"
     )
+    add_preprocessing_arguments(group)
+
+
+def add_preprocessing_arguments(group: argparse._ArgumentGroup) -> None:
+    """Declares what overrides the preprocessing, but for the image size."""
     group.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"))
     group.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"))
     group.add_argument("--interpolation", choices=_INTERPOLATIONS)
@@ -57,19 +67,40 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
         InputError: ``--image-size`` has more than two numbers.
         ModelError: see :func:`regraft_export.sources.load`.
     """
-    from regraft_export.sources import PreprocessingOverrides, load
+    from regraft_export.sources import load
 
-    size = args.image_size
-    if size is not None and len(size) > 2:
-        raise InputError(
-            f"--image-size has {len(size)} numbers; expected one, or two: height,width"
-        )
-    overrides = PreprocessingOverrides(
-        image_size=None if size is None else (size[0], size[-1]),
+    overrides = preprocessing_overrides(args)
+    return load(args.model, weights=args.weights, overrides=overrides, trust_repo=args.trust_repo)
+
+
+def preprocessing_overrides(args: argparse.Namespace) -> PreprocessingOverrides:
+    """What the arguments say of the preprocessing.
+
+    Raises:
+        InputError: ``--image-size`` has more than two numbers.
+    """
+    from regraft_export.sources import PreprocessingOverrides
+
+    return PreprocessingOverrides(
+        image_size=image_size(args.image_size),
         mean=None if args.mean is None else (args.mean[0], args.mean[1], args.mean[2]),
         std=None if args.std is None else (args.std[0], args.std[1], args.std[2]),
         interpolation=args.interpolation,
         crop_pct=args.crop_pct,
         crop_mode=args.crop_mode,
     )
-    return load(args.model, weights=args.weights, overrides=overrides, trust_repo=args.trust_repo)
+
+
+def image_size(given: tuple[int, ...] | None) -> tuple[int, int] | None:
+    """(H, W), or None as it came.
+
+    Raises:
+        InputError: there are more than two numbers.
+    """
+    if given is None:
+        return None
+    if len(given) > 2:
+        raise InputError(
+            f"--image-size has {len(given)} numbers; expected one, or two: height,width"
+        )
+    return given[0], given[-1]

@@ -1,5 +1,6 @@
 """Finds a model's register neurons: the few MLP units that write its outlier tokens.
 
+The model is a PyTorch one, or an ONNX file that somebody else exported; then PyTorch is not needed.
 The images are split by seed into three parts: one to see where outlier tokens are and to score all
 units, one (at most 32) to select the fewest that have to be redirected, one (at most 32) to report
 what that does. A model without outlier tokens needs no patch, is told so, and exits with 1.
@@ -16,17 +17,25 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.cli.options import add_force, at_least
 from regraft.errors import InputError
-from regraft_export.commands._model_arguments import add_model_arguments, load_model
+from regraft_export.commands._model_arguments import (
+    add_model_arguments,
+    load_model,
+    preprocessing_overrides,
+)
 
 if TYPE_CHECKING:
     from regraft.pipeline import Failure
+    from regraft.preprocessing import Preprocessing
     from regraft_export.finding.find import Found
-    from regraft_export.sources import LoadedModel
+    from regraft_export.finding.subject import Subject
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    add_model_arguments(parser)
+    add_model_arguments(
+        parser,
+        also=", or IN.onnx as an exporter wrote it, which has no preprocessing: give all of it",
+    )
     parser.add_argument(
         "--images",
         required=True,
@@ -44,11 +53,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=at_least(1), metavar="N", help="decoding threads (one per core)"
     )
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu (default), cuda, cuda:1, ... (ONNX files: cpu)"
+    )
     parser.add_argument("--strict", action="store_true", help="exit 1 if an image cannot be read")
     add_force(parser)
     parser.add_argument("--json", action="store_true", help="print the figures for machines")
     _add_method_arguments(parser)
+    group = parser.add_argument_group("where MODEL is an ONNX file")
+    group.add_argument(
+        "--prefix",
+        metavar="NAME",
+        help="which stack of blocks, where the file has several: how the names of its nodes or "
+        "weights begin, or the name of its input",
+    )
+    group.add_argument(
+        "--output",
+        metavar="NAME",
+        help="the output by which a redirect's effect is judged, where several could be",
+    )
 
 
 def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     check_output(args.out, args.force)
     paths = list_images(args.images)
     failures: list[Failure] = []
-    loaded, found = _find(args, paths, failures)
+    found = _find(args, paths, failures)
     text = json.dumps(found.neurons.to_json(), indent=1, allow_nan=False) + "\n"
     with whole_file(args.out, args.force) as path:
         path.write_text(text, encoding="utf-8")
@@ -101,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_figures(args, found), indent=1, allow_nan=False))
     else:
-        print("\n".join(_summary(args, loaded, found)))
+        print("\n".join(_summary(args, found)))
     if failures and args.strict:
         raise InputError(
             f"{len(failures)} of {len(paths)} images could not be read (named above); {args.out} "
@@ -110,13 +133,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _find(
-    args: argparse.Namespace, paths: list[Path], failures: list[Failure]
-) -> tuple[LoadedModel, Found]:
+def _find(args: argparse.Namespace, paths: list[Path], failures: list[Failure]) -> Found:
     from regraft.progress import Progress
     from regraft_export.finding.find import FindOptions, find_neurons
     from regraft_export.finding.parts import FileImages
-    from regraft_export.vit.structure import from_module
 
     bars: list[Progress] = []
 
@@ -137,15 +157,30 @@ def _find(
         max_neurons=args.max_neurons,
         batch_size=args.batch_size,
     )
+    subject, preprocessing, about = (_of_file if _is_file(args.model) else _of_pytorch)(args)
+    images = FileImages(
+        paths, preprocessing, batch_size=args.batch_size, workers=args.workers, on_failure=skip
+    )
+    return find_neurons(subject, images, options, about=about, progress=start)
+
+
+def _is_file(model: str) -> bool:
+    """Whether MODEL is an ONNX file: by its suffix, or because it is a file at all."""
+    return model.lower().endswith(".onnx") or Path(model).is_file()
+
+
+_Opened = tuple["Subject", "Preprocessing", dict[str, Any]]
+
+
+def _of_pytorch(args: argparse.Namespace) -> _Opened:
+    for name in ("prefix", "output"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name} is for ONNX files alone; MODEL is {args.model!r}")
+    from regraft_export.finding.pytorch import PyTorchSubject
+    from regraft_export.vit.structure import from_module
+
     loaded = load_model(args)
     module = loaded.module.to(_device(args.device))
-    images = FileImages(
-        paths,
-        loaded.preprocessing,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        on_failure=skip,
-    )
     about = {
         "model": loaded.source,
         "architecture": loaded.architecture,
@@ -154,7 +189,25 @@ def _find(
         "preprocessing": loaded.preprocessing.to_json(),
     }
     vit = from_module(module, loaded.preprocessing.image_size)
-    return loaded, find_neurons(vit, images, options, about=about, progress=start)
+    return PyTorchSubject(vit), loaded.preprocessing, about
+
+
+def _of_file(args: argparse.Namespace) -> _Opened:
+    wrong = {"--weights": args.weights is not None, "--trust-repo": args.trust_repo}
+    for name in (name for name, given in wrong.items() if given):
+        raise InputError(
+            f"{name} is for PyTorch models; {args.model} has its own weights and no code"
+        )
+    if args.device != "cpu":
+        raise InputError(
+            f"--device is {args.device!r}; an ONNX file runs on the CPU here: leave it out"
+        )
+    from regraft_export.foreign.opening import open_file
+
+    opened = open_file(
+        args.model, preprocessing_overrides(args), prefix=args.prefix, output=args.output
+    )
+    return opened.subject, opened.preprocessing, opened.about
 
 
 def _device(name: str) -> Any:
@@ -194,12 +247,12 @@ def _figures(args: argparse.Namespace, found: Found) -> dict[str, Any]:
     }
 
 
-def _summary(args: argparse.Namespace, loaded: LoadedModel, found: Found) -> Iterator[str]:
+def _summary(args: argparse.Namespace, found: Found) -> Iterator[str]:
     neurons, about = found.neurons, found.neurons.about
     images, report = about["images"], about["report"]
     before = report["before"]
     where = ", ".join(f"{len(neurons.of(layer))} in layer {layer}" for layer in neurons.layers)
-    yield f"{loaded.source}: {_count(len(neurons.neurons), 'register neuron')} ({where})"
+    yield f"{args.model}: {_count(len(neurons.neurons), 'register neuron')} ({where})"
     yield (
         f"outlier tokens: patch norm above {about['threshold']:.4g} at layer "
         f"{about['detection_layer']} (median {before['median_norm']:.4g}), "
@@ -209,6 +262,8 @@ def _summary(args: argparse.Namespace, loaded: LoadedModel, found: Found) -> Ite
         f"images: {images['score']} to score, {images['select']} to select, {images['report']} "
         f"for this table ({report['output']} output)"
     )
+    if about.get("precision") == "bf16":
+        yield "run as its float32 twin: ONNX Runtime has no bfloat16 on the CPU"
     yield ""
     yield from _table(report)
     yield ""

@@ -3,6 +3,9 @@
 Blocks, token entry and outputs are found by the graph's structure. The result has the file's inputs
 and outputs, name for name and shape for shape, its metadata and its weights but those touched; it
 keeps external data if the file has it, as OUT.onnx.data.
+
+With --check the patched graph is held to the method, written in numpy on the unpatched file's own
+pieces, on pictures; a graph that is not equal is not written. It needs onnxruntime.
 """
 
 from __future__ import annotations
@@ -16,9 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.cli.options import integers
 from regraft.errors import InputError
+from regraft_export.commands import _check_arguments
+from regraft_export.commands._model_arguments import image_size
 from regraft_export.commands._redirect_arguments import add_redirect_arguments, redirect_options
 
 if TYPE_CHECKING:
+    from regraft_export.foreign.check.checked import Checked
     from regraft_export.foreign.patching import Patched
     from regraft_export.foreign.survey import Survey
 
@@ -44,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one number, or height,width, where the file leaves it open and nothing in it says",
     )
     add_redirect_arguments(parser)
+    _check_arguments.add_check_arguments(parser)
     parser.add_argument(
         "--force",
         action="store_true",
@@ -53,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Patches, and prints what was touched."""
+    """Patches, checks if asked to, and prints what was touched."""
     from regraft.files import check_output
     from regraft.neurons import Neurons
     from regraft_export.foreign.belongs import check_belongs
@@ -67,33 +74,35 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None and not args.dry_run:
         check_output(args.out, args.force)
     options = redirect_options(args)
+    _check_arguments.refuse_alone(args)
     neurons = Neurons.load(args.neurons)
     file = read_file(args.model)
     if file.external and args.out is not None and not args.dry_run:
         check_output(data_path(args.out), args.force)
-    found = survey(file, prefix=args.prefix, image_size=_size(args.image_size))
+    found = survey(file, prefix=args.prefix, image_size=image_size(args.image_size))
     for warning in check_belongs(neurons, found, args.force):
         print(f"regraft: warning: {warning}", file=sys.stderr)
     facts = _facts(found)
+    # What stands in its way is said before the work.
+    images = None if args.check is None else _check_arguments.images(args, neurons, found)
     patched = patch(found, neurons, options)
+    facts |= _sites(patched)
+    checked = None
+    if images is not None:
+        checked = _check_arguments.check(args, file, patched, neurons, options, images)
+        facts |= {"check": checked.to_json()}
     written: list[Path] = []
-    if not args.dry_run:
+    if not args.dry_run and (checked is None or checked.passed):
         written = write_file(
             patched.proto, patched.stored, args.out, external=file.external, force=args.force
         )
-    facts |= _sites(patched) | {"written": [str(path) for path in written]}
-    print(json.dumps(facts, indent=1) if args.json else "\n".join(_lines(args.model, facts)))
+    facts |= {"written": [str(path) for path in written]}
+    said = _lines(args.model, facts, checked)
+    print(json.dumps(facts, indent=1, allow_nan=False) if args.json else "\n".join(said))
+    sys.stdout.flush()
+    if checked is not None:
+        checked.gate()
     return 0
-
-
-def _size(given: tuple[int, ...] | None) -> tuple[int, int] | None:
-    if given is None:
-        return None
-    if len(given) > 2:
-        raise InputError(
-            f"--image-size has {len(given)} numbers; expected one, or two: height,width"
-        )
-    return given[0], given[-1]
 
 
 def _facts(found: Survey) -> dict[str, Any]:
@@ -124,7 +133,7 @@ def _sites(patched: Patched) -> dict[str, Any]:
     }
 
 
-def _lines(model: Path, facts: dict[str, Any]) -> Iterator[str]:
+def _lines(model: Path, facts: dict[str, Any], checked: Checked | None) -> Iterator[str]:
     size = "any image size" if facts["open_size"] else "x".join(map(str, facts["image_size"]))
     grid = facts["grid"]
     tokens = f"{facts['tokens']} tokens"
@@ -142,4 +151,6 @@ def _lines(model: Path, facts: dict[str, Any]) -> Iterator[str]:
         yield f"output site: {name}"
     for line in facts["mended"]:
         yield f"mended: {line}"
+    if checked is not None:
+        yield from _check_arguments.lines(checked)
     yield f"written: {', '.join(facts['written'])}" if facts["written"] else "nothing was written"

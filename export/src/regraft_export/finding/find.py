@@ -9,9 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from regraft.errors import InputError
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft.progress import Progress
@@ -21,11 +18,8 @@ from regraft_export.finding.parts import Images, Parts, gathered, split
 from regraft_export.finding.report import Report, make_report
 from regraft_export.finding.score import Score, Scores, gather_norms, score_neurons
 from regraft_export.finding.selection import Selection, select
-from regraft_export.versions import versions_of
-from regraft_export.vit.structure import VisionTransformer
+from regraft_export.finding.subject import Floats, Subject
 
-# The packages that compute the figures.
-_COMPUTING = ("torch", "timm", "transformers", "numpy", "pillow")
 _DIGITS = 6  # significant digits of the figures in neurons.json
 
 StartProgress = Callable[[int | None, str, str], Progress]
@@ -99,7 +93,7 @@ def silent(total: int | None, unit: str, label: str) -> Progress:
 
 
 def find_neurons(
-    vit: VisionTransformer,
+    subject: Subject,
     images: Images,
     options: FindOptions | None = None,
     *,
@@ -109,7 +103,7 @@ def find_neurons(
     """Finds the register neurons of a model.
 
     Args:
-        vit: the model, in eval mode.
+        subject: the model.
         images: at least six, better 100 or more.
         options: seed, score, overrides.
         about: what the caller knows of the model, put in front of the facts recorded here:
@@ -127,19 +121,19 @@ def find_neurons(
     with clock.stage("detection"):
         batches = _watched(images.batches(parts.score), len(parts.score), "detecting", progress)
         detection = detect(
-            gather_norms(vit, batches),
+            gather_norms(subject, batches),
             threshold=options.threshold,
             layer=options.detection_layer,
         )
     with clock.stage("scoring"):
         batches = _watched(images.batches(parts.score), len(parts.score), "scoring", progress)
         scores = score_neurons(
-            vit, batches, detection, kind=options.score, max_layer=options.max_layer
+            subject, batches, detection, kind=options.score, max_layer=options.max_layer
         )
     with clock.stage("selection"), progress(None, "images", "selecting") as bar:
         pixels = gathered(images, parts.select, "select")
         selection = select(
-            vit,
+            subject,
             pixels,
             detection,
             scores,
@@ -151,7 +145,7 @@ def find_neurons(
     with clock.stage("report"), progress(None, "images", "reporting") as bar:
         pixels = gathered(images, parts.report, "report")
         report = make_report(
-            vit,
+            subject,
             pixels,
             detection,
             scores,
@@ -161,7 +155,7 @@ def find_neurons(
         )
         bar.advance(len(pixels))
     report.check()
-    facts = _facts(vit, detection, scores, selection, report, options)
+    facts = _facts(subject, detection, scores, selection, report, options)
     facts["images"] = _image_counts(parts, {**used, "report": report.images})
     neurons = Neurons(
         tuple(_rounded_neuron(n) for n in selection.neurons.neurons),
@@ -171,8 +165,8 @@ def find_neurons(
 
 
 def _watched(
-    batches: Iterable[Tensor], total: int, label: str, progress: StartProgress
-) -> Iterator[Tensor]:
+    batches: Iterable[Floats], total: int, label: str, progress: StartProgress
+) -> Iterator[Floats]:
     with progress(total, "images", label) as bar:
         for pixels in batches:
             yield pixels
@@ -180,7 +174,7 @@ def _watched(
 
 
 def _facts(
-    vit: VisionTransformer,
+    subject: Subject,
     detection: Detection,
     scores: Scores,
     selection: Selection,
@@ -188,7 +182,7 @@ def _facts(
     options: FindOptions,
 ) -> dict[str, Any]:
     return {
-        "fingerprints": {str(i): _fingerprint_of(vit, i) for i in selection.neurons.layers},
+        "fingerprints": {str(i): fingerprint(*subject.down(i)) for i in selection.neurons.layers},
         "threshold": detection.threshold,
         "detection_layer": detection.layer,
         "score": options.score,
@@ -205,14 +199,8 @@ def _facts(
             "limit_over_median": selection.limits.norm / selection.median,
         },
         "report": report.to_json(),
-        "versions": versions_of(_COMPUTING) | {"torch": torch.__version__},
+        "versions": dict(subject.versions),
     }
-
-
-def _fingerprint_of(vit: VisionTransformer, layer: int) -> dict[str, Any]:
-    down = vit.blocks[layer].down
-    bias = None if down.bias is None else down.bias.detach().float().cpu().numpy()
-    return fingerprint(down.weight.detach().float().cpu().numpy().T, bias)
 
 
 def _image_counts(parts: Parts, used: Mapping[str, int]) -> dict[str, int]:

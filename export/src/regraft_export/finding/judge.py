@@ -13,21 +13,18 @@ alike, so what comes there is computed once for each such layer and kept, up to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from regraft.errors import InputError, ModelError
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft_export.finding.outliers import Detection
-from regraft_export.finding.passes import block_output, patch_norms, resumed, run_until
 from regraft_export.finding.score import Scores
-from regraft_export.vit.hooks import redirected
-from regraft_export.vit.structure import VisionTransformer
+from regraft_export.finding.subject import Floats, Intervention, Subject
 
 REMOVED = 0.99
 TIMES_MEDIAN = 2.0
@@ -97,8 +94,8 @@ class Judge:
 
     def __init__(
         self,
-        vit: VisionTransformer,
-        pixels: Tensor,
+        subject: Subject,
+        pixels: Floats,
         detection: Detection,
         scores: Scores,
         batch_size: int = 16,
@@ -106,7 +103,7 @@ class Judge:
         """Runs the model as it is.
 
         Args:
-            vit: the model.
+            subject: the model.
             pixels: (N, 3, H, W), the select part.
             detection: which tokens are outliers.
             scores: for the signs of the units.
@@ -116,14 +113,14 @@ class Judge:
             InputError: these images have no outlier tokens.
             ModelError: features are not finite.
         """
-        self._vit, self._detection, self._scores = vit, detection, scores
+        self._subject, self._detection, self._scores = subject, detection, scores
         self.runs = 0
-        norms = torch.cat([self._norms(part) for part in torch.split(pixels, batch_size)])
-        if not bool(norms.isfinite().all()):
+        norms = np.concatenate([self._plain(part) for part in in_batches(pixels, batch_size)])
+        if bad := int((~np.isfinite(norms)).sum()):
             raise ModelError(
-                f"layer {detection.layer}: {int((~norms.isfinite()).sum())} of {norms.numel()} "
-                "patch norms of the images for selection are NaN or infinite; expected finite "
-                "features: check the weights and the preprocessing (mean, std)"
+                f"layer {detection.layer}: {bad} of {norms.size} patch norms of the images for "
+                "selection are NaN or infinite; expected finite features: check the weights and "
+                "the preprocessing (mean, std)"
             )
         is_outlier = norms > detection.threshold
         self.before = int(is_outlier.sum())
@@ -133,15 +130,17 @@ class Judge:
                 f"above {detection.threshold:.4g} at layer {detection.layer}); expected some: "
                 "give more images, or another --seed"
             )
-        self.median = float(norms.median())
-        self.largest_ordinary = float(norms.masked_fill(is_outlier, 0).max())
-        order = norms.amax(dim=1).argsort(descending=True, stable=True)
+        # The lower of the two middle ones.
+        self.median = float(np.sort(norms, axis=None)[(norms.size - 1) // 2])
+        self.largest_ordinary = float(np.where(is_outlier, 0, norms).max())
+        order = np.argsort(-norms.max(axis=1), kind="stable")
         first, rest = order[:_FIRST_IMAGES], order[_FIRST_IMAGES:]
-        self._batches = [pixels[i] for i in (first, *torch.split(rest, batch_size)) if len(i)]
+        batches = [first, *in_batches(rest, batch_size)]
+        self._batches = [pixels[i] for i in batches if len(i)]
         self._seen: dict[frozenset[Unit], Outcome] = {}
         self._starts: dict[tuple[int, int], Any] = {}
-        tokens = (vit.layout.count + 1) * vit.layout.width * vit.dtype.itemsize
-        self._room = MAX_KEPT_BYTES // tokens  # images of which one block's output is kept
+        # Images of which one block's output is kept.
+        self._room = MAX_KEPT_BYTES // subject.state_bytes
 
     def limits(self) -> list[Limits]:
         """From the strictest to the most lenient, see the module."""
@@ -166,38 +165,36 @@ class Judge:
         """Redirects ``units``; with ``limits``, no further than to the first image that fails."""
         outliers, largest, done = 0, 0.0, 0
         first = min(layer for layer, _ in units)
-        with redirected(self._vit, register_neurons(units, self._scores)):
-            for index, batch in enumerate(self._batches):
-                with self._started(index, first):
-                    norms = self._norms(batch)
-                outliers += int((norms > self._detection.threshold).sum())
-                largest = max(largest, float(norms.max()))
-                done += 1
-                # A comparison with NaN is false: features that are not finite fail at once.
-                if limits and not Outcome(outliers, largest, False).within(limits):
-                    break
+        redirect = Intervention(True, register_neurons(units, self._scores))
+        for index, batch in enumerate(self._batches):
+            start = self._start(index, first)
+            self.runs += len(batch)
+            norms = self._subject.norms_at(batch, self._detection.layer, redirect, start)
+            outliers += int((norms > self._detection.threshold).sum())
+            largest = max(largest, float(norms.max()))
+            done += 1
+            # A comparison with NaN is false: features that are not finite fail at once.
+            if limits and not Outcome(outliers, largest, False).within(limits):
+                break
         outcome = Outcome(outliers, largest, done == len(self._batches))
         self._seen[frozenset(units)] = outcome
         return outcome
 
-    @contextmanager
-    def _started(self, index: int, layer: int) -> Iterator[None]:
-        """Within it, passes over one batch begin at ``layer``, where that much can be kept.
-
-        With registers appended, but in front of every touched layer, so that no redirect matters.
-        """
+    def _start(self, index: int, layer: int) -> tuple[int, Any] | None:
+        """Where passes over one batch begin: at ``layer``, where that much can be kept."""
         batch, key = self._batches[index], (index, layer)
         if layer == 0 or (key not in self._starts and len(batch) > self._room):
-            yield
-            return
+            return None
         if key not in self._starts:
-            self._starts[key] = block_output(self._vit, batch, layer - 1)
+            self._starts[key] = self._subject.state(batch, layer)
             self._room -= len(batch)
-        with resumed(self._vit, layer - 1, self._starts[key]):
-            yield
+        return layer, self._starts[key]
 
-    def _norms(self, pixels: Tensor) -> Tensor:
-        """(B, patches) at the detection layer, on the CPU."""
+    def _plain(self, pixels: Floats) -> Floats:
         self.runs += len(pixels)
-        tokens = run_until(self._vit, pixels, self._detection.layer).tokens
-        return patch_norms(self._vit, tokens).cpu()
+        return self._subject.norms_at(pixels, self._detection.layer)
+
+
+def in_batches(rows: NDArray[Any], size: int) -> list[NDArray[Any]]:
+    """The rows, at most ``size`` at a time."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]

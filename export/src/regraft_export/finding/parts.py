@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from regraft.errors import InputError
 from regraft.pipeline import Failure, batches
 from regraft.preprocessing import Preprocessing
+from regraft_export.finding.subject import Floats
 
 MIN_IMAGES = 6
 MAX_PART = 32
@@ -26,21 +25,21 @@ class Images(Protocol):
     def __len__(self) -> int:
         """How many there are."""
 
-    def batches(self, positions: Sequence[int]) -> Iterator[Tensor]:
-        """Those at ``positions``, as float32 (B, 3, H, W) on the CPU; bad ones are left out."""
+    def batches(self, positions: Sequence[int]) -> Iterator[Floats]:
+        """Those at ``positions``, as float32 (B, 3, H, W); bad ones are left out."""
 
 
 @dataclass(frozen=True)
-class TensorImages:
+class ArrayImages:
     """Images that are in memory: float32 (N, 3, H, W), preprocessed."""
 
-    pixels: Tensor
+    pixels: Floats
     batch_size: int = 16
 
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def batches(self, positions: Sequence[int]) -> Iterator[Tensor]:
+    def batches(self, positions: Sequence[int]) -> Iterator[Floats]:
         """Those at ``positions``."""
         for start in range(0, len(positions), self.batch_size):
             yield self.pixels[list(positions[start : start + self.batch_size])]
@@ -74,12 +73,12 @@ class FileImages:
         self._paths, self._preprocessing = list(paths), preprocessing
         self._batch_size, self._workers, self._on_failure = batch_size, workers, on_failure
         self._failed: set[int] = set()
-        self._kept: tuple[tuple[int, ...], list[Tensor]] = ((), [])
+        self._kept: tuple[tuple[int, ...], list[Floats]] = ((), [])
 
     def __len__(self) -> int:
         return len(self._paths)
 
-    def batches(self, positions: Sequence[int]) -> Iterator[Tensor]:
+    def batches(self, positions: Sequence[int]) -> Iterator[Floats]:
         """Those at ``positions`` that can be decoded."""
         wanted = tuple(positions)
         if wanted == self._kept[0]:
@@ -88,7 +87,7 @@ class FileImages:
         self._kept = ((), [])
         height, width = self._preprocessing.image_size
         keep = len(wanted) * 3 * height * width * 4 <= CACHE_BYTES
-        seen: list[Tensor] = []
+        seen: list[Floats] = []
         for pixels in self._read(wanted):
             if keep:
                 seen.append(pixels)
@@ -96,7 +95,7 @@ class FileImages:
         if keep:
             self._kept = (wanted, seen)
 
-    def _read(self, wanted: Sequence[int]) -> Iterator[Tensor]:
+    def _read(self, wanted: Sequence[int]) -> Iterator[Floats]:
         positions = [i for i in wanted if i not in self._failed]
 
         def failed(failure: Failure) -> None:
@@ -108,7 +107,7 @@ class FileImages:
         for batch in batches(
             paths, self._preprocessing, self._batch_size, self._workers, on_error=failed
         ):
-            yield torch.from_numpy(batch.pixels)
+            yield batch.pixels
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def split(count: int, seed: int) -> Parts:
     )
 
 
-def gathered(images: Images, positions: Sequence[int], part: str) -> Tensor:
+def gathered(images: Images, positions: Sequence[int], part: str) -> Floats:
     """All images of a small part at once: (N, 3, H, W).
 
     Raises:
@@ -154,4 +153,4 @@ def gathered(images: Images, positions: Sequence[int], part: str) -> Tensor:
             f"none of the {len(positions)} images of the {part} part could be read; expected at "
             "least one: give more images"
         )
-    return torch.cat(batches)
+    return np.concatenate(batches)

@@ -10,25 +10,18 @@ trained to write outliers, zeroing can do as well as the redirect.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional as F
 
 from regraft.errors import GateError, InputError, ModelError
 from regraft.neurons import Neurons
-from regraft_export.finding.judge import register_neurons
+from regraft_export.finding.judge import in_batches, register_neurons
 from regraft_export.finding.outliers import Detection
-from regraft_export.finding.passes import norms_recorded, to_input
 from regraft_export.finding.score import Scores
-from regraft_export.vit.hooks import redirected, registers_appended, silenced
-from regraft_export.vit.observe import Observation, observe
-from regraft_export.vit.structure import VisionTransformer
+from regraft_export.finding.subject import PLAIN, Floats, Intervention, Subject
 
 MIN_REMOVED = 0.90
 MIN_COSINE = 0.95
@@ -45,10 +38,10 @@ class Run:
         registers: (L, N, R) norms of the registers there; R = 0 without any.
     """
 
-    norms: NDArray[np.float32]
-    outputs: Tensor
+    norms: Floats
+    outputs: Floats
     output: str
-    registers: NDArray[np.float32]
+    registers: Floats
 
 
 @dataclass(frozen=True)
@@ -119,8 +112,8 @@ class Report:
 
 
 def make_report(
-    vit: VisionTransformer,
-    pixels: Tensor,
+    subject: Subject,
+    pixels: Floats,
     detection: Detection,
     scores: Scores,
     neurons: Neurons,
@@ -131,7 +124,7 @@ def make_report(
     """Runs the model as it is, with the redirect, and the controls.
 
     Args:
-        vit: the model.
+        subject: the model.
         pixels: (N, 3, H, W), images used for nothing else.
         detection: which tokens are outliers.
         scores: for the signs of the random units.
@@ -144,21 +137,22 @@ def make_report(
         ModelError: outputs are not finite.
     """
 
-    def run(condition: AbstractContextManager[None]) -> Run:
-        return _run(vit, pixels, condition, batch_size)
+    def run(done: Intervention) -> Run:
+        return _run(subject, pixels, done, batch_size)
 
-    before = run(nullcontext())
+    before = run(PLAIN)
     if not (before.norms[detection.layer] > detection.threshold).any():
         raise InputError(
             f"none of the {len(pixels)} images for the report has an outlier token (patch norm "
             f"above {detection.threshold:.4g} at layer {detection.layer}); expected some: give "
             "more images, or another --seed"
         )
-    after = run(redirected(vit, neurons))
+    after = run(Intervention(True, neurons))
+    others = random_neurons(neurons, scores, seed)
     controls = {
-        "random_neurons": run(redirected(vit, random_neurons(neurons, scores, seed))),
-        "zero_token": run(registers_appended(vit, 1)),
-        "zeroed_without_register": run(silenced(vit, neurons.neurons)),
+        "random_neurons": run(Intervention(True, others)),
+        "zero_token": run(Intervention(True)),
+        "zeroed_without_register": run(Intervention(False, neurons)),
     }
     return Report(
         before=_figures(before, None, detection),
@@ -182,39 +176,28 @@ def random_neurons(neurons: Neurons, scores: Scores, seed: int) -> Neurons:
     return register_neurons(units, scores)
 
 
-def _run(
-    vit: VisionTransformer,
-    pixels: Tensor,
-    condition: AbstractContextManager[None],
-    batch_size: int,
-) -> Run:
-    norms, outputs = [], []
-    output = ""
-    with condition, norms_recorded(vit) as recorded, torch.inference_mode():
-        for part in torch.split(pixels, batch_size):
-            seen = observe(vit, to_input(vit, part))
-            output, vectors = _output(vit, seen)
-            outputs.append(vectors.float().cpu())
-            norms.append(torch.stack(recorded).cpu())
-    all_outputs, all_norms = torch.cat(outputs), torch.cat(norms, dim=1).numpy()
-    finite = all_outputs.isfinite().all(dim=1).numpy() & np.isfinite(all_norms).all(axis=(0, 2))
+def _run(subject: Subject, pixels: Floats, done: Intervention, batch_size: int) -> Run:
+    seen = [subject.observe(part, done) for part in in_batches(pixels, batch_size)]
+    output = seen[0].output
+    outputs = np.concatenate([s.outputs for s in seen])
+    norms = np.concatenate([s.norms for s in seen], axis=1)
+    finite = np.isfinite(outputs).all(axis=1) & np.isfinite(norms).all(axis=(0, 2))
     if not finite.all():
         raise ModelError(
             f"the model's features or output ({output}) have NaN or infinite values on "
             f"{int((~finite).sum())} of {len(pixels)} images; expected finite features: check the "
             "weights and the preprocessing (mean, std)"
         )
-    patches = vit.layout.patches
-    return Run(all_norms[..., :patches], all_outputs, output, all_norms[..., patches:])
+    patches = subject.patches
+    return Run(norms[..., :patches], outputs, output, norms[..., patches:])
 
 
-def _output(vit: VisionTransformer, seen: Observation) -> tuple[str, Tensor]:
-    """The model's own output: its name and (B, E)."""
-    if seen.pooled is not None:
-        return "pooled", seen.pooled.flatten(1)
-    if vit.layout.class_token:
-        return "class token", seen.last_hidden_state[:, 0]
-    return "mean patch", seen.last_hidden_state[:, vit.layout.prefix :].mean(dim=1)
+def _cosines(a: Floats, b: Floats) -> NDArray[np.float64]:
+    """Of rows, (N,); 0 where one is all zeros."""
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    cosines: NDArray[np.float64] = (x * y).sum(axis=1) / np.maximum(lengths, 1e-30)
+    return cosines.clip(-1, 1)
 
 
 def _figures(run: Run, before: Run | None, detection: Detection) -> dict[str, Any]:
@@ -231,9 +214,9 @@ def _figures(run: Run, before: Run | None, detection: Detection) -> dict[str, An
     }
     if before is not None:
         had = int((before.norms[detection.layer] > detection.threshold).sum())
-        cosine = F.cosine_similarity(run.outputs, before.outputs, dim=1).clamp(-1, 1)
+        cosine = _cosines(run.outputs, before.outputs)
         figures["removed"] = 1 - figures["outlier_tokens"] / had
-        figures["output_cosine_median"] = float(np.median(cosine.numpy()))
+        figures["output_cosine_median"] = float(np.median(cosine))
         figures["output_cosine_smallest"] = float(cosine.min())
     if run.registers.size:
         figures["register_norm"] = float(run.registers[detection.layer].mean())

@@ -18,39 +18,27 @@ number of images, and batches are cut so that the activations kept of one stay u
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional as F
 
 from regraft.errors import InputError, ModelError
 from regraft_export.finding.norms import NormStatistics
 from regraft_export.finding.outliers import Detection
-from regraft_export.finding.passes import (
-    Partial,
-    norms_recorded,
-    patch_norms,
-    run_until,
-    to_input,
-)
-from regraft_export.vit.structure import VisionTransformer
+from regraft_export.finding.subject import Contributions, Doubles, Floats, Subject
 
 Score = Literal["contribution", "activation"]
 MAX_KEPT_BYTES = 1 << 30
 
 
-def gather_norms(vit: VisionTransformer, batches: Iterable[Tensor]) -> NormStatistics:
+def gather_norms(subject: Subject, batches: Iterable[Floats]) -> NormStatistics:
     """Plain passes over ``batches`` of (B, 3, H, W): patch norms at every block's output."""
-    stats = NormStatistics(len(vit.blocks))
-    with norms_recorded(vit) as norms, torch.inference_mode():
-        for pixels in batches:
-            vit.module(to_input(vit, pixels))
-            stats.add(torch.stack(norms).cpu().numpy())
+    stats = NormStatistics(len(subject.hidden))
+    for pixels in batches:
+        stats.add(subject.norms(pixels))
     return stats
 
 
@@ -86,22 +74,34 @@ class Scores:
 
 
 class _Sums:
-    """Sums over tokens and images, per layer, float64 on the model's device."""
+    """Sums over batches, per layer."""
 
-    def __init__(self, vit: VisionTransformer, layers: int) -> None:
-        sizes = [vit.blocks[i].down.in_features for i in range(layers)]
-
-        def zeros() -> list[Tensor]:
-            return [torch.zeros(m, dtype=torch.float64, device=vit.device) for m in sizes]
+    def __init__(self, hidden: Sequence[int]) -> None:
+        def zeros() -> list[Doubles]:
+            return [np.zeros(m) for m in hidden]
 
         self.at_outliers, self.elsewhere = zeros(), zeros()
         self.activation, self.activation_by_image = zeros(), zeros()
         self.outliers = self.ordinary = self.images = self.images_with_outliers = 0
 
+    def add(self, part: Contributions) -> None:
+        """Adds one batch."""
+        for sums, values in (
+            (self.at_outliers, part.at_outliers),
+            (self.elsewhere, part.elsewhere),
+            (self.activation, part.activation),
+            (self.activation_by_image, part.activation_by_image),
+        ):
+            for total, value in zip(sums, values, strict=True):
+                total += value
+        self.outliers += part.outliers
+        self.ordinary += part.ordinary
+        self.images_with_outliers += part.images_with_outliers
+
 
 def score_neurons(
-    vit: VisionTransformer,
-    batches: Iterable[Tensor],
+    subject: Subject,
+    batches: Iterable[Floats],
     detection: Detection,
     *,
     kind: Score = "contribution",
@@ -110,7 +110,7 @@ def score_neurons(
     """Scores every unit up to the detection layer.
 
     Args:
-        vit: the model.
+        subject: the model.
         batches: (B, 3, H, W) each, any number of them.
         detection: which tokens are outliers.
         kind: which score.
@@ -126,9 +126,12 @@ def score_neurons(
             f"max layer is {cap}; expected 0 to {detection.layer}, the detection layer: later "
             "layers cannot have written what is there"
         )
-    sums = _Sums(vit, cap + 1)
-    for pixels in _small_enough(vit, batches, cap + 1):
-        _add(sums, vit, run_until(vit, pixels, detection.layer, range(cap + 1)), detection)
+    sums = _Sums(subject.hidden[: cap + 1])
+    for pixels in _small_enough(batches, subject.activation_bytes(cap + 1)):
+        part = subject.contributions(pixels, detection.layer, detection.threshold, cap + 1)
+        sums.images += len(pixels)
+        if part is not None:
+            sums.add(part)
     if sums.outliers == 0:
         raise ModelError(
             f"no outlier tokens: no patch norm above {detection.threshold:.4g} at layer "
@@ -137,66 +140,22 @@ def score_neurons(
     return _means(sums, kind)
 
 
-def _small_enough(
-    vit: VisionTransformer, batches: Iterable[Tensor], layers: int
-) -> Iterator[Tensor]:
+def _small_enough(batches: Iterable[Floats], per_image: int) -> Iterator[Floats]:
     """Cuts batches so that the kept activations stay under :data:`MAX_KEPT_BYTES`."""
-    hidden = sum(vit.blocks[i].down.in_features for i in range(layers))
-    per_image = vit.layout.count * hidden * vit.dtype.itemsize
     size = max(1, MAX_KEPT_BYTES // per_image)
     for pixels in batches:
-        yield from torch.split(pixels, size)
-
-
-@torch.inference_mode()
-def _add(sums: _Sums, vit: VisionTransformer, partial: Partial, detection: Detection) -> None:
-    """Adds one batch. The caller keeps no reference to ``partial``, which may be large."""
-    tokens = partial.tokens
-    prefix, count = vit.layout.prefix, vit.layout.count
-    is_outlier = patch_norms(vit, tokens) > detection.threshold
-    per_image = is_outlier.sum(dim=1)
-    has = per_image > 0
-    sums.images += len(tokens)
-    if not bool(has.any()):
-        return
-    image, position = is_outlier.nonzero(as_tuple=True)
-    position = position + prefix
-    directions = F.normalize(tokens[image, position].float(), dim=-1)  # (n, D)
-    mean = directions.new_zeros(len(tokens), directions.shape[1])
-    mean = F.normalize(mean.index_add(0, image, directions), dim=-1)[has]  # (B', D)
-    # A weight per token picks the ordinary patches inside one product, without a copy of hidden.
-    ordinary = tokens.new_zeros(tokens.shape[:2])
-    ordinary[:, prefix:count] = (~is_outlier).to(ordinary.dtype)
-    ordinary = ordinary[has].unsqueeze(1)  # (B', 1, T)
-    share = (1 / per_image[image])[:, None]  # of its image's mean, (n, 1)
-    for layer, h in partial.hidden.items():
-        block = vit.blocks[layer]
-        weight = block.down.weight.float()  # (D, m)
-        gamma = 1.0 if block.scale is None else block.scale.float()
-        at = h[image, position].float()  # (n, m)
-        elsewhere = torch.bmm(ordinary, h if bool(has.all()) else h[has]).squeeze(1).float()
-        sums.at_outliers[layer] += _total(at * ((directions * gamma) @ weight))
-        sums.elsewhere[layer] += _total(elsewhere * ((mean * gamma) @ weight))
-        sums.activation[layer] += _total(at)
-        sums.activation_by_image[layer] += _total(at * share)
-    sums.outliers += len(image)
-    sums.images_with_outliers += int(has.sum())
-    sums.ordinary += int(has.sum()) * is_outlier.shape[1] - len(image)
-
-
-def _total(rows: Tensor) -> Tensor:
-    return rows.sum(dim=0, dtype=torch.float64)
+        for start in range(0, len(pixels), size):
+            yield pixels[start : start + size]
 
 
 def _means(sums: _Sums, kind: Score) -> Scores:
-    activation = [(a / sums.outliers).cpu().numpy() for a in sums.activation]
+    activation = [a / sums.outliers for a in sums.activation]
     if kind == "activation":
-        by_image = [a / sums.images_with_outliers for a in sums.activation_by_image]
-        score = [a.cpu().numpy() for a in by_image]
+        score = [a / sums.images_with_outliers for a in sums.activation_by_image]
     else:
         pairs = zip(sums.at_outliers, sums.elsewhere, strict=True)
         ordinary = max(1, sums.ordinary)
-        score = [(at / sums.outliers - other / ordinary).cpu().numpy() for at, other in pairs]
+        score = [at / sums.outliers - other / ordinary for at, other in pairs]
     for layer, values in enumerate(score):
         if not np.isfinite(values).all():
             bad = int((~np.isfinite(values)).sum())

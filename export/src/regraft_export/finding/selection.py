@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from regraft.errors import GateError, InputError
 from regraft.neurons import Neurons, RegisterNeuron
@@ -22,14 +21,13 @@ from regraft_export.finding.judge import (
     Limits,
     Outcome,
     Unit,
+    in_batches,
     register_neurons,
 )
 from regraft_export.finding.outliers import Detection
-from regraft_export.finding.passes import run_until
 from regraft_export.finding.score import Scores
 from regraft_export.finding.search import Search, sizes
-from regraft_export.vit.hooks import redirected
-from regraft_export.vit.structure import VisionTransformer
+from regraft_export.finding.subject import Doubles, Floats, Subject
 
 NOTABLE = 0.01
 
@@ -56,8 +54,8 @@ class Selection:
 
 
 def select(
-    vit: VisionTransformer,
-    pixels: Tensor,
+    subject: Subject,
+    pixels: Floats,
     detection: Detection,
     scores: Scores,
     *,
@@ -68,7 +66,7 @@ def select(
     """Chooses register neurons.
 
     Args:
-        vit: the model.
+        subject: the model.
         pixels: (N, 3, H, W), images not used for scoring.
         detection: which tokens are outliers.
         scores: of all units up to the detection layer.
@@ -82,7 +80,7 @@ def select(
     """
     if max_neurons < 1:
         raise InputError(f"max neurons is {max_neurons}; expected at least 1")
-    judge = Judge(vit, pixels, detection, scores, batch_size)
+    judge = Judge(subject, pixels, detection, scores, batch_size)
     ranking = scores.ranking()[:max_neurons]
     notable = _notable(ranking, scores, detection)
     for among in notable, ranking:
@@ -91,7 +89,7 @@ def select(
             units = search.smallest(limits)
             if not units:
                 continue
-            neurons = _with_values(vit, pixels, register_neurons(units, scores), batch_size)
+            neurons = _with_values(subject, pixels, register_neurons(units, scores), batch_size)
             outcome = judge.run(units)
             return Selection(neurons, limits, judge.before, outcome, judge.median, judge.runs)
     raise GateError(_not_removed(judge, ranking, detection.layer))
@@ -120,34 +118,15 @@ def _not_removed(judge: Judge, ranking: Sequence[Unit], layer: int) -> str:
     )
 
 
-def _with_values(
-    vit: VisionTransformer, pixels: Tensor, neurons: Neurons, batch_size: int
-) -> Neurons:
+def _with_values(subject: Subject, pixels: Floats, neurons: Neurons, batch_size: int) -> Neurons:
     """The neurons with ``value``: what the register receives, averaged over images."""
-    sums: dict[int, Tensor] = {}
-    with redirected(vit, neurons):
-        handles = [
-            vit.blocks[layer].down.register_forward_pre_hook(_adder(sums, layer, vit.layout.count))
-            for layer in neurons.layers
-        ]
-        try:
-            for part in torch.split(pixels, batch_size):
-                run_until(vit, part, neurons.layers[-1])
-        finally:
-            for handle in handles:
-                handle.remove()
+    sums: dict[int, Doubles] = {}
+    for part in in_batches(pixels, batch_size):
+        for layer, received in subject.received(part, neurons).items():
+            sums[layer] = sums.get(layer, np.zeros_like(received)) + received
     return Neurons(tuple(_valued(n, sums, len(pixels)) for n in neurons.neurons))
 
 
-def _adder(sums: dict[int, Tensor], layer: int, register: int) -> Callable[..., None]:
-    # Registered after the redirect's own hook, so it sees what the register was given.
-    def add(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-        received = args[0][:, register].double().sum(dim=0)
-        sums[layer] = sums.get(layer, torch.zeros_like(received)) + received
-
-    return add
-
-
-def _valued(neuron: RegisterNeuron, sums: Mapping[int, Tensor], images: int) -> RegisterNeuron:
+def _valued(neuron: RegisterNeuron, sums: Mapping[int, Doubles], images: int) -> RegisterNeuron:
     value = float(sums[neuron.layer][neuron.index]) / images
     return RegisterNeuron(neuron.layer, neuron.index, neuron.score, neuron.sign, value)

@@ -1,4 +1,4 @@
-"""ONNX files that somebody else exported: where a Vision Transformer is in them, and patching it.
+"""ONNX files that somebody else exported: a Vision Transformer in them, patched or searched.
 
 No PyTorch is needed: the graph is all there is, so every place is found by structure.
 
@@ -13,4 +13,9 @@ No PyTorch is needed: the graph is all there is, so every place is found by stru
 - ``exits.py``: rewrite: the registers are cut off wherever tokens leave the stack.
 - ``belongs.py``: whether neurons belong to a file.
 - ``patching.py``: a patched file from all of them.
+- ``check/``: a patched file held to the method in numpy; shares no code with the rewrite.
+- ``opening.py``: a file opened for finding, with its preprocessing.
+- ``own_output.py``: which of its outputs is the model's own for an image.
+- ``instrument.py``: graphs in which any neurons are redirected from outside.
+- ``subject.py``: these, run, as finding sees a model.
 """

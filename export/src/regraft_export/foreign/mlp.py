@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
+from regraft.errors import ModelError
 from regraft_export.foreign.constants import Weight, is_constant, weight
 from regraft_export.foreign.reach import Reach
 from regraft_export.graph.document import consumers
@@ -57,6 +60,33 @@ class Mlp:
         """The residual stream after the addition: the block's output."""
         return self.add.outputs[0]
 
+    @property
+    def product(self) -> gs.Variable:
+        """What the down-projection gives, with its bias."""
+        return (self.bias_add or self.matmul).outputs[0]
+
+    def gamma(self) -> NDArray[np.float32] | None:
+        """The factor (D,) between product and addition (LayerScale's); None without any.
+
+        Raises:
+            ModelError: a norm lies there, so that a unit has no fixed part in the stream.
+        """
+        value, factor = self.product, None
+        while not any(reader is self.add for reader in consumers(value)):
+            node = next(n for n in consumers(value) if n.op != "Shape")
+            if node.op in _NORMS:
+                raise ModelError(
+                    f"node {node.name!r} ({node.op}): what the MLP writes is normalised before it "
+                    "is added; expected x + gamma * MLP(norm(x))"
+                )
+            if node.op == "Mul":
+                other = weight(next(t for t in node.inputs if t is not value))
+                assert other is not None  # or the way to the addition had not been followed
+                scale = np.broadcast_to(np.asarray(other.values, np.float32), (1, 1, self.width))
+                factor = scale.reshape(-1) if factor is None else factor * scale.reshape(-1)
+            value = node.outputs[0]
+        return factor
+
 
 def mlps(reach: Reach) -> list[Mlp]:
     """Every down-projection of a graph, in topological order."""
@@ -72,7 +102,7 @@ def _mlp(node: gs.Node, reach: Reach) -> Mlp | None:
     if hidden <= width:
         return None
     bias_add, bias = _bias(node, width)
-    after = node.outputs[0] if bias_add is None else bias_add.outputs[0]
+    after = (bias_add or node).outputs[0]
     end = _residual(after, node, reach)
     if end is None:
         return None

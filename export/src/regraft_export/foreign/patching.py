@@ -26,6 +26,7 @@ from regraft_export.foreign.shapes import Conflict, measure
 from regraft_export.foreign.survey import MARK, Survey
 from regraft_export.graph.anchors import DownProjection
 from regraft_export.graph.append_register import mend
+from regraft_export.graph.dims import Dims
 from regraft_export.graph.document import Editor, consumers
 from regraft_export.graph.open_count import OpenCount
 from regraft_export.graph.redirect_neurons import redirect_neurons
@@ -75,35 +76,49 @@ def patch(found: Survey, neurons: Neurons, options: RedirectOptions) -> Patched:
     graph, entry = found.view.graph, found.entry
     token = entry.tokens.name
     outputs = {t.name: found.shapes.of(t) for t in graph.outputs}
-    start = entry.dims(found.image.batch, layout.width, options.registers)
-    shape = (entry.count, layout.width)
-    axis = TokenAxis(entry.tokens, shape, options.registers, start=start, known=found.shapes.shapes)
-    for node in graph.nodes:
-        if id(node) in found.inside:
-            axis.visit(node)
+    axis = follow(found, options.registers)
     downs = {i: _down(graph, found, axis, i) for i in neurons.layers}
     redirects = {i: d.matmul.name for i, d in downs.items()}
     open_count = found.image.open_size
     mended = mend(graph, axis)
     exits = cut_exits(graph, axis, found.inside, open_count=open_count)
-    padded = _append(graph, found, options.registers)
+    padded = append(found, options.registers)
     counts = OpenCount(padded, entry.axis) if open_count else None
     added = {
         i: redirect_neurons(graph, down, neurons.of(i), options, layout, counts)
         for i, down in downs.items()
     }
-    # What enters is as long as it was; only what was padded grows.
-    grown = {key: dims for key, dims in axis.dims.items() if key != id(entry.tokens)}
-    proto, stored = rewritten(found.view, grown)
+    proto, stored = rewritten(found.view, grown(found, axis))
     _mark(proto, neurons, options)
     sites = Sites(token=1, redirect=len(downs), output=len(exits), mended=tuple(mended))
     _check(found, proto, stored, sites, outputs)
     return Patched(proto, stored, sites, token, redirects, tuple(exits), added)
 
 
-def _append(graph: gs.Graph, found: Survey, registers: int) -> gs.Variable:
+def follow(found: Survey, registers: int) -> TokenAxis:
+    """Walks the stack's nodes, as if registers had been appended; nothing is changed.
+
+    Raises:
+        RewriteError: a token count cannot be decided.
+    """
+    entry, width = found.entry, found.stack.mlps[0].width
+    start = entry.dims(found.image.batch, width, registers)
+    known = found.shapes.shapes
+    axis = TokenAxis(entry.tokens, (entry.count, width), registers, start=start, known=known)
+    for node in found.view.graph.nodes:
+        if id(node) in found.inside:
+            axis.visit(node)
+    return axis
+
+
+def grown(found: Survey, axis: TokenAxis) -> dict[int, Dims]:
+    """Dimensions of what has grown. What enters is as long as it was; what was padded grows."""
+    return {key: dims for key, dims in axis.dims.items() if key != id(found.entry.tokens)}
+
+
+def append(found: Survey, registers: int) -> gs.Variable:
     """Zero rows behind the tokens, for whatever in the stack reads them."""
-    editor, entry = Editor(graph), found.entry
+    editor, entry = Editor(found.view.graph), found.entry
     tokens = entry.tokens
     readers = [n for n in consumers(tokens) if id(n) in found.inside]
     numbers = np.zeros((2, 3), dtype=np.int64)  # in front and behind, by axis
@@ -120,19 +135,7 @@ def _down(graph: gs.Graph, found: Survey, axis: TokenAxis, layer: int) -> DownPr
     m = found.stack.mlps[layer]
     weight, _ = found.weights(layer)
     own = gs.Constant(f"{m.weight.source.name}.plain", np.ascontiguousarray(weight))
-    dims = axis.dims[id(m.activation)]
-    flat = len(dims.before) == 2
-    where = [k for k in range(len(dims.before)) if dims.carries(k)]
-    if not flat and (len(dims.before) != 3 or where not in ([0], [1])):
-        raise RewriteError(
-            f"layer {layer}: the activation {m.activation.name!r} has shape {dims.before}; "
-            "expected (batch, T, hidden) or rows of it"
-        )
-    if flat and found.entry.axis != 1:
-        raise RewriteError(
-            f"layer {layer}: the activation {m.activation.name!r} has rows of (T, batch); expected "
-            "(batch, T)"
-        )
+    at = along(found, axis, m.activation, f"layer {layer}: the activation")
     output = m.matmul.outputs[0] if m.bias_add is None else m.bias_add.outputs[0]
     return DownProjection(
         matmul=m.matmul,
@@ -142,9 +145,36 @@ def _down(graph: gs.Graph, found: Survey, axis: TokenAxis, layer: int) -> DownPr
         bias=_own_bias(m),
         output=output,
         transposed=m.transposed,
-        axis=1 if flat else where[0],
-        flat=flat,
+        axis=at.axis,
+        flat=at.flat,
     )
+
+
+@dataclass(frozen=True)
+class Along:
+    """How tokens lie in a tensor: along ``axis`` of three, or ``flat`` in rows (batch, T)."""
+
+    axis: int
+    flat: bool
+
+
+def along(found: Survey, axis: TokenAxis, value: gs.Tensor, what: str) -> Along:
+    """How tokens lie in one that has a vector for each.
+
+    Raises:
+        RewriteError: in another way; the message begins with ``what``.
+    """
+    dims = axis.dims[id(value)]
+    flat = len(dims.before) == 2
+    where = [k for k in range(len(dims.before)) if dims.carries(k)]
+    if not flat and (len(dims.before) != 3 or where not in ([0], [1])):
+        raise RewriteError(
+            f"{what} {value.name!r} has shape {dims.before}; expected (batch, T, hidden) or rows "
+            "of it"
+        )
+    if flat and found.entry.axis != 1:
+        raise RewriteError(f"{what} {value.name!r} has rows of (T, batch); expected (batch, T)")
+    return Along(1 if flat else where[0], flat)
 
 
 def _own_bias(m: Mlp) -> gs.Constant | None:

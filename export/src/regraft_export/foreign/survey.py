@@ -69,6 +69,12 @@ class Survey:
         """The nodes behind the last block's output, by id."""
         return frozenset(id(n) for n in self.reach.nodes_of(self.reach.behind(self.last)))
 
+    def inputs_of(self, value: gs.Tensor) -> set[str]:
+        """Names of the graph's inputs that a tensor is computed from."""
+        nodes = self.reach.nodes_of(self.reach.behind(value))
+        read = {id(t) for node in nodes for t in node.inputs}
+        return {t.name for t in self.view.graph.inputs if id(t) in read}
+
     def layout(self, registers: int, *, exact: bool) -> TokenLayout:
         """Token counts at the size the graph was walked.
 
@@ -144,7 +150,7 @@ def _refuse(file: OnnxFile) -> None:
     names = (n.name for n in file.skeleton.graph.node)
     marked = any(entry.key == MARK for entry in file.skeleton.metadata_props)
     if marked or any(name.startswith("regraft.append_register") for name in names):
-        raise ModelError(f"{file.path}: is patched already; patch the file it was made from")
+        raise ModelError(f"{file.path}: is patched already; take the file it was made from")
     if file.opset < MIN_OPSET:
         raise ModelError(
             f"{file.path}: is of opset {file.opset}; expected {MIN_OPSET} or later: export it "

@@ -73,6 +73,14 @@ def walk(
             "W) and a convolution that cuts them into patches"
         )
     name, conv = names[0], convolutions[0]
+    fixed = declared[name][2:]
+    if size is not None and any(
+        n not in (None, given) for n, given in zip(fixed, size, strict=True)
+    ):
+        raise ModelError(
+            f"{view.file.path}: is for images of {' x '.join(str(n or 'any') for n in fixed)}, not "
+            f"{size[0]} x {size[1]}; leave --image-size out"
+        )
     reason = "none was tried"
     for height, width in _sizes(declared[name], stack, conv, reach, size):
         inputs = _inputs(view, name, declared[name], (height, width), conv)
@@ -112,8 +120,7 @@ def _sizes(
 ) -> Iterator[tuple[int, int]]:
     height, width = declared[2:]
     if size is not None:
-        if (height or size[0], width or size[1]) == size:
-            yield size
+        yield size
         return
     if height is not None and width is not None:
         yield height, width

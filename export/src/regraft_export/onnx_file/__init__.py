@@ -5,4 +5,7 @@
 - ``read.py``: a model without its large tensors, and where each of them lies.
 - ``write.py``: a model with large tensors copied from where they lie.
 - ``view.py``: such a model as a graphsurgeon graph to rewrite, and back with all metadata kept.
+- ``subgraph.py``: the part of it between some of its tensors.
+- ``widen.py``: the float32 twin of a bfloat16 model.
+- ``session.py``: running it on the CPU, weights shared between parts.
 """

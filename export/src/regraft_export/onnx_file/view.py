@@ -151,7 +151,7 @@ def _ordered(nodes: list[tuple[int, onnx.NodeProto]]) -> list[onnx.NodeProto]:
     """Nodes in the order they had, each new one as soon as what it reads is there."""
     producer = {name: i for i, (_, node) in enumerate(nodes) for name in node.output if name}
     waits: list[set[int]] = [
-        {producer[name] for name in _reads(node) if name in producer} for _, node in nodes
+        {producer[name] for name in reads(node) if name in producer} for _, node in nodes
     ]
     readers: dict[int, list[int]] = {}
     for i, sources in enumerate(waits):
@@ -171,7 +171,7 @@ def _ordered(nodes: list[tuple[int, onnx.NodeProto]]) -> list[onnx.NodeProto]:
     return ordered
 
 
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
+def reads(node: onnx.NodeProto) -> Iterator[str]:
     """Names a node reads, in its subgraphs too."""
     yield from (name for name in node.input if name)
     for attribute in node.attribute:
@@ -181,7 +181,7 @@ def _reads(node: onnx.NodeProto) -> Iterator[str]:
 
 def _used(graph: onnx.GraphProto) -> Iterator[str]:
     for node in graph.node:
-        yield from _reads(node)
+        yield from reads(node)
     yield from (output.name for output in graph.output)
 
 

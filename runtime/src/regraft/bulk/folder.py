@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
 
-from regraft.bulk.job import JOB, Job
+from regraft.bulk.job import IMAGES, JOB, UNFINISHED, Job
 from regraft.errors import InputError, OutputExistsError
 from regraft.files import check_output, swap_folders
 from regraft.parquet_files import ERROR, PATHS, require_pyarrow
@@ -138,20 +138,33 @@ class ShardFolder:
         self._unlock()
 
     def _begin(self, names: Sequence[str], force: bool) -> None:
+        if self.place.is_dir() and not (self.place / JOB).is_file():
+            with suppress(PermissionError):  # which the check below puts into words
+                self._acquire()
+                self._drop_unbegun()
         check_output(self.place, True, marker=JOB)
         self.place.mkdir(exist_ok=True)
-        self._acquire()
+        if self._lock is None:
+            self._acquire()
         if (self.place / JOB).is_file():
             try:
                 _refuse_other(self.place, self.job, "holds an unfinished extraction")
             except InputError:
                 if not force:
                     raise
-                for path in self.place.iterdir():
+                # The record goes after the shards, so that what a kill leaves is still known.
+                for path in sorted(self.place.iterdir(), key=_last):
                     path.unlink()
         self.clean()
         if not (self.place / JOB).is_file():
             self.job.write(self.place, names)
+
+    def _drop_unbegun(self) -> None:
+        """Removes what a run leaves that was killed before its record was whole."""
+        found = list(self.place.iterdir())
+        if {path.name for path in found} <= {IMAGES, UNFINISHED}:
+            for path in found:
+                path.unlink()
 
     def _acquire(self) -> None:
         if fcntl is None:
@@ -195,6 +208,10 @@ def shard_name(number: int) -> str:
 def about(job_digest: str, number: int) -> dict[str, str]:
     """What a shard's footer says of itself."""
     return {"regraft.run": job_digest, "regraft.shard": str(number)}
+
+
+def _last(path: Path) -> int:
+    return {JOB: 1, IMAGES: 2}.get(path.name, 0)
 
 
 def _errors(footer: Any) -> int:

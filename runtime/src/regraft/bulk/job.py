@@ -20,6 +20,7 @@ from regraft.errors import InputError
 SCHEMA = 1
 # Readers of Parquet folders pass over names that begin with an underscore.
 JOB, IMAGES = "_run.json", "_images.jsonl"
+UNFINISHED = f"{JOB}.new"
 _WORDS = {
     "bundle": "the bundle (its manifest's sha256)",
     "engine": "--engine",
@@ -84,7 +85,7 @@ class Job:
         content = {"schema": SCHEMA, **asdict(self), "versions": {"regraft": __version__}}
         text = json.dumps(content, indent=1) + "\n"
         # Last and at once: a folder with this file has both.
-        beside = folder / f"{JOB}.new"
+        beside = folder / UNFINISHED
         beside.write_text(text, encoding="ascii")
         beside.replace(folder / JOB)
 

@@ -1,4 +1,5 @@
-"""Serves bundles over the Open Inference Protocol (KServe v2, Triton's clients), over HTTP.
+"""Serves bundles over the Open Inference Protocol (KServe v2, Triton's clients), over HTTP
+and gRPC.
 
 Every NAME is served twice: as NAME, which takes preprocessed pixel_values (FP32), and as
 NAME_images, which takes images: encoded files (BYTES [N, 1]) or raw RGB (UINT8 [N, H, W, 3]). NAME
@@ -32,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--port", type=_port, default=8000, help="of HTTP; 0 takes a free one (default: 8000)"
     )
     parser.add_argument(
+        "--grpc-port", type=_port, metavar="PORT", help="of gRPC; 0 takes a free one (default: off)"
+    )
+    parser.add_argument(
         "--key-file",
         metavar="FILE",
         help="holds the key that clients must present, as Authorization: Bearer KEY; or "
@@ -42,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--log-requests", action="store_true", help="one JSON line a request on stdout"
+    )
+    parser.add_argument(
+        "--no-ui",
+        action="store_true",
+        help="no page at /, where one sees an image's maps before and after the patch",
     )
     add_engine(parser)
     _add_batching(parser)
@@ -125,6 +134,8 @@ def run(args: argparse.Namespace) -> int:
     """Serves until a signal ends it."""
     if importlib.util.find_spec("uvicorn") is None:
         raise InputError("uvicorn is not installed; pip install 'regraft-runtime[serve]'")
+    if args.grpc_port is not None:
+        _expect_grpc()
     if args.max_queue < args.max_batch:
         raise InputError(
             f"--max-queue is {args.max_queue}; expected at least --max-batch, {args.max_batch}"
@@ -139,9 +150,11 @@ def _settings(args: argparse.Namespace) -> Settings:
     return Settings(
         host=args.host,
         port=args.port,
+        grpc_port=args.grpc_port,
         key=_key(args.key_file),
         model_control=args.model_control,
         log_requests=args.log_requests,
+        ui=not args.no_ui,
         drain_delay=args.drain_delay,
         drain_timeout=args.drain_timeout,
         workers=args.workers,
@@ -149,6 +162,19 @@ def _settings(args: argparse.Namespace) -> Settings:
         batching=Batching(args.max_batch, args.max_delay / 1e3, args.max_queue, args.queue_timeout),
         limits=Limits(body=args.max_body * MIB, pixels=args.max_pixels),
     )
+
+
+def _expect_grpc() -> None:
+    for name in ("grpc", "google.protobuf"):
+        try:
+            found = importlib.util.find_spec(name)
+        except ModuleNotFoundError:  # google itself
+            found = None
+        if found is None:
+            raise InputError(
+                f"--grpc-port needs {name}, which is not installed; "
+                "pip install 'regraft-runtime[grpc]'"
+            )
 
 
 def _key(file: str | None) -> str | None:

@@ -104,9 +104,13 @@ class OrtCpuEngine(Engine):
 
     @classmethod
     def _foreign_errors(cls) -> tuple[type[Exception], ...]:
-        # onnxruntime's exceptions have no common base of their own, so they are collected.
-        from onnxruntime.capi import onnxruntime_pybind11_state as state
+        return ort_errors()
 
-        kinds = (kind for kind in vars(state).values() if isinstance(kind, type))
-        own = tuple(kind for kind in kinds if issubclass(kind, Exception))
-        return (*own, RuntimeError)
+
+def ort_errors() -> tuple[type[Exception], ...]:
+    """What onnxruntime raises; its exceptions have no common base of their own."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    kinds = (kind for kind in vars(state).values() if isinstance(kind, type))
+    own = tuple(kind for kind in kinds if issubclass(kind, Exception))
+    return (*own, RuntimeError)

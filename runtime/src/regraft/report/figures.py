@@ -80,13 +80,16 @@ def profile(found: Measurement) -> Markup:
         "norm_median_after": Series("median after", "after dashed"),
     }
     lines = {key: series for key, series in lines.items() if key in rows[0]}
-    register = "; the register's is the median over images" if "norm_register" in lines else ""
+    several = len(found.samples) > 1
+    median = several and "norm_register" in lines
+    register = "; the register's is the median over images" if median else ""
+    images = "all images" if several else "the image"
     drawn = _by_layer(found, plot, "Token norms by layer", lines, short)
     return _figure(
         "Norms over depth",
         drawn,
         legend([*lines.values(), _TOUCHED]),
-        f"At the output of each layer, over all patches of all images{register}.",
+        f"At the output of each layer, over all patches of {images}{register}.",
     )
 
 
@@ -107,11 +110,12 @@ def attention(found: Measurement) -> Markup:
         "attention_outliers": Series("on the outlier tokens, before", "before dashed", "dots"),
     }
     drawn = _by_layer(found, plot, f"Share of the {what} by layer", lines, percent)
+    over = " and images" if len(found.samples) > 1 else ""
     return _figure(
         "Attention over depth",
         drawn,
         legend([*lines.values(), _TOUCHED]),
-        "Mean over heads and images. Outlier tokens are those of the detection layer, the same "
+        f"Mean over heads{over}. Outlier tokens are those of the detection layer, the same "
         "places in every layer.",
     )
 

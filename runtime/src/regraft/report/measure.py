@@ -7,8 +7,8 @@ more than a few hundred would be of no use anyway.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from regraft.bundle import Bundle
 from regraft.effect import Effect, EffectMeter
 from regraft.engines import EngineOptions
 from regraft.errors import EngineError, ImageError, InputError
-from regraft.images import decode
+from regraft.images import ImageSource, decode
 from regraft.manifest import Manifest
 from regraft.preprocessing import Preprocessing
 from regraft.verification import Engines
@@ -35,11 +35,11 @@ class Source:
     """An image to show.
 
     Attributes:
-        path: where it is.
+        file: where it is, or what :func:`regraft.images.decode` takes instead.
         name: what the page calls it.
     """
 
-    path: Path
+    file: ImageSource
     name: str
 
 
@@ -119,6 +119,7 @@ def measure(
     sources: Sequence[Source],
     *,
     options: EngineOptions | None = None,
+    engines: Engines | None = None,
     batch_size: int = 8,
     on_error: Callable[[Source, ImageError], None] | None = None,
     on_batch: Callable[[int], None] | None = None,
@@ -129,6 +130,7 @@ def measure(
         bundle: one with probe graphs.
         sources: the images.
         options: of the engine.
+        engines: the bundle's on :data:`ENGINE`, which stay open; None opens and closes its own.
         batch_size: images per run.
         on_error: called for each image that cannot be read, which is then left out; without it
             the first one raises.
@@ -143,7 +145,8 @@ def measure(
     manifest = bundle.manifest
     total, samples = EffectMeter(manifest), list[Sample]()
     before, after = list[State](), list[State]()
-    with Engines(bundle, ENGINE, options) as engines:
+    with ExitStack() as stack:
+        engines = engines or stack.enter_context(Engines(bundle, ENGINE, options))
         probes = {"probe_baseline": engines["probe_baseline"], "probe": engines["probe"]}
         engine = _described(probes["probe"].name, probes["probe"].details())
         pictures = _pictures(sources, manifest.preprocessing, on_error)
@@ -175,7 +178,7 @@ def _pictures(
     """Name, picture for the page, and pixels (3, H, W) of each image that can be read."""
     for source in sources:
         try:
-            image = decode(source.path)
+            image = decode(source.file)
         except ImageError as error:
             if on_error is None:
                 raise

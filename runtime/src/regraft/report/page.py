@@ -19,7 +19,8 @@ from regraft.bundle import Bundle
 from regraft.report import figures, tables
 from regraft.report.colours import ColourScale
 from regraft.report.facts import bundle_facts, preprocessing_facts
-from regraft.report.maps import MapScales, map_scales, samples
+from regraft.report.layer_maps import MapScales, map_scales
+from regraft.report.maps import samples
 from regraft.report.markup import Markup, clean, el, fragment
 from regraft.report.measure import Measurement
 from regraft.report.wording import (
@@ -87,7 +88,7 @@ def page(bundle: Bundle, found: Measurement, origin: Origin) -> str:
     )
     contents = {
         "set": _over_the_set(found),
-        "images": _image_by_image(found, map_scales(found)),
+        "images": _image_by_image(found, map_scales(found, found.manifest.detection_layer)),
         "controls": tables.controls(bundle.neurons()),
         "parity": tables.parity(bundle),
         "bundle": tables.facts(bundle_facts(found.manifest, bundle.neurons())),

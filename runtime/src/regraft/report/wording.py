@@ -72,24 +72,27 @@ def headline(effect: Effect) -> str:
     before, after = over_median(effect.before), over_median(effect.after)
     verb = "falls" if after < before * 0.995 else "rises" if after > before * 1.005 else "stays"
     course = f"from {before:.2f} to {after:.2f}" if verb != "stays" else f"at {after:.2f}"
+    median = "" if effect.images == 1 else "median "
     return (
         f"{_outliers(effect)}; the largest patch norm {verb} {course} times the median, and the "
-        f"{COSINE_OF[effect.cosine_of]} keeps a median cosine of {cosine(effect.cosine_median)} "
+        f"{COSINE_OF[effect.cosine_of]} keeps a {median}cosine of {cosine(effect.cosine_median)} "
         "to the unpatched model."
     )
 
 
 def _outliers(effect: Effect) -> str:
     had, left = effect.before.outliers, effect.after.outliers
-    images = counted(effect.images, "image")
+    where = "this image" if effect.images == 1 else counted(effect.images, "image")
     if had == 0 and left == 0:
-        return f"There are no outlier tokens in {images}, neither before nor after the patch"
+        return f"There are no outlier tokens in {where}, neither before nor after the patch"
     if left == 0:
-        which = "the only outlier token" if had == 1 else f"all {count(had)} outlier tokens"
-        return f"The patch removes {which} in {images}"
+        which = {1: "the only outlier token", 2: "both outlier tokens"}.get(
+            had, f"all {count(had)} outlier tokens"
+        )
+        return f"The patch removes {which} in {where}"
     if left < had:
         removed = f"{count(had - left)} of {counted(had, 'outlier token')}"
-        return f"The patch removes {removed} in {images} and leaves {count(left)}"
+        return f"The patch removes {removed} in {where} and leaves {count(left)}"
     if left == had:
-        return f"The patch removes none of {counted(had, 'outlier token')} in {images}"
+        return f"The patch removes none of {counted(had, 'outlier token')} in {where}"
     return f"The patch makes outlier tokens more: {count(had)} before, {count(left)} after"

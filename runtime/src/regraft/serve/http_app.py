@@ -8,12 +8,12 @@ import hmac
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from regraft.serve.compression import inflate
-from regraft.serve.http_body import Bodies, ClientGone, Receive, until_gone
+from regraft.serve.http_body import ClientGone, Receive, until_gone
 from regraft.serve.messages import InferRequest, InferResponse
 from regraft.serve.refusals import INTERNAL_TEXT, Kind, Refusal, unavailable
 from regraft.serve.request_log import RequestLog
@@ -74,13 +74,12 @@ class Application:
     def __init__(self, service: Service, log: RequestLog | None = None) -> None:
         self._service = service
         self._log = log
-        self._bodies = Bodies(service.settings.limits)
         key = service.settings.key
         self._key = None if key is None else f"Bearer {key}".encode()
         # Path -> method -> handler; those of health are open to everybody.
-        self._routes: list[tuple[re.Pattern[str], str, Handler, bool]] = [
-            (re.compile(path), method, handler, is_open)
-            for path, method, handler, is_open in (
+        self._routes: list[tuple[re.Pattern[str], str, Handler, bool]] = []
+        self.add(
+            (
                 ("/v2", "GET", self._metadata, False),
                 ("/v2/health/live", "GET", self._live, True),
                 ("/v2/health/ready", "GET", self._ready, True),
@@ -95,6 +94,13 @@ class Application:
                 ("/v2/repository/models/(?P<model>[^/]+)/unload", "POST", self._unload, False),
                 ("/metrics", "GET", self._metrics, False),
             )
+        )
+
+    def add(self, routes: Iterable[tuple[str, str, Handler, bool]]) -> None:
+        """Adds routes: pattern of the path, method, handler, whether it needs no key."""
+        self._routes += [
+            (re.compile(path), method, handler, is_open)
+            for path, method, handler, is_open in routes
         ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -207,13 +213,13 @@ class Application:
         return Reply()
 
     async def _object(self, request: Request) -> Mapping[str, Any]:
-        async with self._bodies.read(request.receive, request.headers) as body:
+        async with self._service.bodies.read(request.receive, request.headers) as body:
             return parse_object(body)
 
     async def _infer(self, request: Request) -> Reply:
         self._service.repository.find(*request.model)  # before megabytes are read for nothing
         headers = request.headers
-        async with self._bodies.read(request.receive, headers) as body:
+        async with self._service.bodies.read(request.receive, headers) as body:
             request.received = len(body)
             limits = self._service.settings.limits
 
@@ -226,7 +232,7 @@ class Application:
             work = asyncio.ensure_future(
                 self._service.infer(*request.model, decode, _to_reply, request.call)
             )
-            return await _unless_gone(work, request.receive)
+            return await unless_gone(work, request.receive)
 
 
 def _to_reply(request: InferRequest, response: InferResponse) -> Reply:
@@ -237,7 +243,7 @@ def _to_reply(request: InferRequest, response: InferResponse) -> Reply:
     return Reply(200, body, (kind, (HEADER_LENGTH, str(head))))
 
 
-async def _unless_gone(work: asyncio.Future[Reply], receive: Receive) -> Reply:
+async def unless_gone(work: asyncio.Future[Reply], receive: Receive) -> Reply:
     """The result of ``work``, which is cancelled when the client goes away."""
     gone = asyncio.ensure_future(until_gone(receive))
     both: set[asyncio.Future[Any]] = {work, gone}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from regraft.serve.refusals import Kind, Refusal, invalid, unavailable
@@ -59,6 +59,21 @@ class Bodies:
             ) from None
         finally:
             self._held -= size + reserved
+
+    @contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        """Counts the memory of a body that something else read, until the block ends.
+
+        Raises:
+            Refusal: the server holds too many.
+        """
+        self._held += size
+        try:
+            if self._held > self._limits.bodies:
+                raise _full()
+            yield
+        finally:
+            self._held -= size
 
     def _refuse_announced(self, headers: Mapping[str, str]) -> None:
         text = headers.get("content-length", "0")

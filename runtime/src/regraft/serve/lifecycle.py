@@ -10,21 +10,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from regraft.errors import InputError
 from regraft.serve.http_app import Application
 from regraft.serve.http_protocol import protocol
+from regraft.serve.page.routes import Page
 from regraft.serve.repository import Repository
 from regraft.serve.request_log import RequestLog
 from regraft.serve.service import Service
 from regraft.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from regraft.serve.grpc.server import GrpcServer
 
 
 class _Uvicorn(uvicorn.Server):
@@ -64,8 +70,10 @@ async def _serve(
     stop = _Stop()
     repository = Repository(arguments, settings, pool)
     service = Service(repository, settings)
+    application = Application(service, log)
+    page = Page(service, application) if settings.ui else None
     config = uvicorn.Config(
-        Application(service, log),
+        application,
         http=protocol(settings.limits.header_seconds),
         ws="none",
         lifespan="off",
@@ -73,16 +81,18 @@ async def _serve(
         access_log=False,
         server_header=False,
         loop="none",
+        timeout_keep_alive=math.ceil(settings.limits.header_seconds),
         timeout_graceful_shutdown=max(1, math.ceil(settings.drain_timeout)),
     )
     server = _Uvicorn(config)
+    grpc = await _start_grpc(service, settings, log)
     http = asyncio.create_task(server.serve([listener]))
     try:
         loading = asyncio.create_task(repository.load_all())
         await _first(loading, stop.wait(), http)
         if loading.done():
             loading.result()
-            _announce(repository, listener)
+            _announce(repository, listener, grpc)
             await _first(stop.wait(), http)
         else:
             loading.cancel()
@@ -92,11 +102,18 @@ async def _serve(
     finally:
         service.draining = True
         server.should_exit = True
+        ends = [http]
+        if grpc is not None:
+            ends.append(asyncio.create_task(grpc.stop(settings.drain_timeout)))
         forced = asyncio.create_task(stop.again())
-        await _first(asyncio.shield(http), forced)
+        await _first(asyncio.wait(ends), forced)
         server.force_exit = True
+        if grpc is not None and forced.done():
+            await grpc.abort()
         forced.cancel()
-        await http
+        await asyncio.gather(*ends)
+        if page is not None:
+            await page.close()
         await repository.close()
 
 
@@ -133,22 +150,53 @@ async def _first(*waits: object) -> None:
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, option: str = "--port") -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         listener = socket.create_server(found[0][4][:2], family=found[0][0], backlog=2048)
+        # Connections inherit it. asyncio leaves sockets that it has not made as they are, and an
+        # answer's second part would wait 40 ms for the client to acknowledge the first.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(
-            f"cannot listen on {host}:{port} ({reason}); choose others with --host and --port"
+            f"cannot listen on {host}:{port} ({reason}); choose others with --host and {option}"
         ) from None
     return listener
 
 
-def _announce(repository: Repository, listener: socket.socket) -> None:
+async def _start_grpc(
+    service: Service, settings: Settings, log: RequestLog | None
+) -> GrpcServer | None:
+    if settings.grpc_port is None:
+        return None
+    # What gRPC's core logs is for its developers; it would stand beside our own messages.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from regraft.serve.grpc.server import GrpcServer
+
+    # gRPC does not say why it cannot listen, so the same is tried without it first.
+    with _listen(settings.host, settings.grpc_port, "--grpc-port") as tried:
+        host, port = tried.getsockname()[:2]
+    server = await GrpcServer.start(service, f"{_in_url(host)}:{port}", log)
+    if server is None:
+        raise InputError(
+            f"cannot listen on {settings.host}:{port} (gRPC); choose others with --host and "
+            "--grpc-port"
+        )
+    return server
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _announce(repository: Repository, listener: socket.socket, grpc: GrpcServer | None) -> None:
     host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
+    shown = _in_url(host)
     names = ", ".join(
         f"{name} ({model.version}, {model.engine.name})" for name, model in repository.loaded()
     )
-    print(f"regraft: serving {names} on http://{shown}:{port}", file=sys.stderr, flush=True)
+    places = f"http://{shown}:{port}"
+    if grpc is not None:
+        places += f" and grpc://{shown}:{grpc.port}"
+    print(f"regraft: serving {names} on {places}", file=sys.stderr, flush=True)

@@ -81,17 +81,30 @@ class PixelReader:
                 future.cancel()
 
     def _decoded(self, where: str, file: bytes, out: Floats) -> None:
-        if not file:
-            raise invalid(f"{where}: is empty (0 bytes); expected an encoded image")
-        try:
-            image = decode(file, max_pixels=self._max_pixels)
-        except ImageError as error:
-            reason = _OBJECT.sub("the image", str(error).partition(": ")[2])
-            raise invalid(f"{where}: {reason}") from None
-        self._preprocessing(image, out)
+        self._preprocessing(open_image(where, file, self._max_pixels), out)
 
     def _raw(self, where: str, array: NDArray[np.uint8], out: Floats) -> None:
         self._preprocessing(Image.fromarray(array), out)
+
+
+def open_image(where: str, file: bytes, max_pixels: int) -> Image.Image:
+    """An encoded image, decoded: RGB, upright.
+
+    Args:
+        where: how messages name it.
+        file: its bytes.
+        max_pixels: larger ones are refused.
+
+    Raises:
+        Refusal: it cannot be decoded or is too large.
+    """
+    if not file:
+        raise invalid(f"{where}: is empty (0 bytes); expected an encoded image")
+    try:
+        return decode(file, max_pixels=max_pixels)
+    except ImageError as error:
+        reason = _OBJECT.sub("the image", str(error).partition(": ")[2])
+        raise invalid(f"{where}: {reason}") from None
 
 
 def _expect_finite(name: str, pixels: Floats) -> None:

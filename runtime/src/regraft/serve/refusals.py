@@ -18,6 +18,7 @@ class Kind(Enum):
     TOO_LARGE = (413, "RESOURCE_EXHAUSTED", "REJECTED")
     UNKNOWN_ENCODING = (415, "INVALID_ARGUMENT", "OTHER")
     INTERNAL = (500, "INTERNAL", "BACKEND")
+    UNSUPPORTED = (501, "UNIMPLEMENTED", "OTHER")
     UNAVAILABLE = (503, "UNAVAILABLE", "REJECTED")
 
     def __init__(self, http: int, grpc: str, reason: str) -> None:

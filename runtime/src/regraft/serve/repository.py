@@ -13,6 +13,7 @@ from typing import Any
 
 from regraft import manifest as manifests
 from regraft.errors import InputError, RegraftError
+from regraft.serve.checks import clip
 from regraft.serve.model import Model
 from regraft.serve.refusals import Kind, Refusal, invalid, unavailable
 from regraft.serve.settings import Settings
@@ -115,9 +116,7 @@ class Repository:
         """
         entry = self._entries.get(self._base(name))
         if entry is None:
-            raise Refusal(
-                Kind.NOT_FOUND, f"Request for unknown model: '{_clip(name)}' is not found"
-            )
+            raise Refusal(Kind.NOT_FOUND, f"Request for unknown model: '{clip(name)}' is not found")
         if not entry.models:
             raise unavailable(f"model '{name}' is not ready: {entry.reason}")
         if not version:
@@ -125,7 +124,7 @@ class Repository:
         if version not in entry.models:
             raise Refusal(
                 Kind.NOT_FOUND,
-                f"Request for unknown model: '{name}' version {_clip(version)} is not found; "
+                f"Request for unknown model: '{name}' version {clip(version)} is not found; "
                 f"there is {', '.join(sorted(entry.models, key=int))}",
             )
         return entry.models[version]
@@ -167,7 +166,7 @@ class Repository:
             Refusal: it is unknown, or cannot be opened; what was loaded stays.
         """
         if parameters:
-            raise invalid(f"load parameters are not supported: {', '.join(map(_clip, parameters))}")
+            raise invalid(f"load parameters are not supported: {', '.join(map(clip, parameters))}")
         base = self._known(name)
         try:
             await self._load(base)
@@ -222,7 +221,7 @@ class Repository:
         if base not in self._entries:
             raise Refusal(
                 Kind.NOT_FOUND,
-                f"failed to load '{_clip(name)}': no such model; the server was started with "
+                f"failed to load '{clip(name)}': no such model; the server was started with "
                 f"{', '.join(self._entries)}",
             )
         return base
@@ -239,8 +238,3 @@ def _split(argument: str) -> tuple[str, Path]:
             "NAME=BUNDLE"
         )
     return name, Path(folder)
-
-
-def _clip(text: object) -> str:
-    shown = str(text)[:80]
-    return shown if shown.isprintable() else ascii(shown)[1:-1]

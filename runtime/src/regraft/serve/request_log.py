@@ -36,7 +36,6 @@ class RequestLog:
         self, scope: Mapping[str, Any], request: Request, reply: Reply, seconds: float
     ) -> None:
         """Notes one HTTP request and its answer."""
-        call = request.call
         client = scope.get("client")
         self.add(
             {
@@ -48,9 +47,7 @@ class RequestLog:
                 "ms": round(seconds * 1e3, 3),
                 "bytes_in": request.received,
                 "bytes_out": len(reply.body),
-                **({"model": call.model, "version": call.version} if call.model else {}),
-                **({"images": call.images} if call.images else {}),
-                **({"id": call.id} if call.id is not None else {}),
+                **request.call.to_json(),
                 **({"error": _error(reply.body)} if reply.status >= 400 else {}),
             }
         )

@@ -16,14 +16,11 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from regraft.serve import datatypes
+from regraft.serve import checks, datatypes
+from regraft.serve.checks import clip, show
 from regraft.serve.datatypes import BYTES, NUMBERS
 from regraft.serve.messages import InferRequest, InputTensor, OutputRequest, Parameter
 from regraft.serve.refusals import Kind, Refusal, invalid
-
-_MAX_DIMS = 16
-_MAX_SIZE = (1 << 63) - 1
-_SHOWN = 80  # characters of a client's value that a message repeats
 
 
 def parse(body: bytes, header_length: str | None, max_json: int = 16 << 20) -> InferRequest:
@@ -93,7 +90,7 @@ def _json_length(body: bytes, header: str | None) -> int:
         return len(body)
     if not (header.isascii() and header.isdecimal()) or len(header) > 18:
         raise invalid(
-            f"Inference-Header-Content-Length is {_show(header)}; expected a number of bytes"
+            f"Inference-Header-Content-Length is {show(header)}; expected a number of bytes"
         )
     if int(header) > len(body):
         raise invalid(
@@ -120,40 +117,26 @@ def _refuse_constant(constant: str) -> NoReturn:
 
 def _input(entry: Mapping[str, Any], index: int, binary: _Binary) -> InputTensor:
     name = _field(entry, "name", str, f"inputs[{index}]")
-    where = f"input '{_clip(name)}'"
+    where = f"input '{clip(name)}'"
     datatype = _field(entry, "datatype", str, where)
-    if datatype not in datatypes.NAMES:
-        raise invalid(
-            f"{where}: unknown datatype {_show(datatype)}; expected one of "
-            f"{', '.join(datatypes.NAMES)}"
-        )
-    shape = _shape(_field(entry, "shape", list, where), where)
+    checks.expect_datatype(datatype, where)
+    shape = checks.checked_shape(_field(entry, "shape", list, where), where)
     parameters = _parameters(entry, where)
     size = parameters.get("binary_data_size")
-    if "shared_memory_region" in parameters:
-        raise invalid(f"{where}: shared memory is not supported")
+    checks.expect_no_shared_memory(parameters, where)
     if size is not None:
         if type(size) is not int or size < 0:
-            raise invalid(f"{where}: binary_data_size is {_show(size)}; expected an integer from 0")
+            raise invalid(f"{where}: binary_data_size is {show(size)}; expected an integer from 0")
         if "data" in entry:
             raise invalid(f"{where}: has 'data' and binary_data_size; expected one of them")
-        raw = binary.take(_clip(name), size)
-        return InputTensor(name, datatype, shape, _from_binary(_clip(name), datatype, shape, raw))
+        raw = binary.take(clip(name), size)
+        array = checks.from_binary(clip(name), datatype, shape, raw)
+        return InputTensor(name, datatype, shape, array)
     data = _field(entry, "data", list, where)
     if datatype == BYTES:
         strings = _strings(data, datatypes.count(shape), where, parameters.get("base64") is True)
         return InputTensor(name, datatype, shape, strings)
     return InputTensor(name, datatype, shape, _numbers(data, datatype, shape, where))
-
-
-def _from_binary(
-    name: str, datatype: str, shape: tuple[int, ...], raw: memoryview
-) -> NDArray[Any] | list[bytes]:
-    if datatype == BYTES:
-        return datatypes.split_bytes(name, raw, datatypes.count(shape))
-    if datatype in NUMBERS:
-        return datatypes.from_wire(name, datatype, shape, raw)
-    raise invalid(f"input '{name}': datatype {datatype} is not supported")
 
 
 def _numbers(data: list[Any], datatype: str, shape: tuple[int, ...], where: str) -> NDArray[Any]:
@@ -172,13 +155,7 @@ def _numbers(data: list[Any], datatype: str, shape: tuple[int, ...], where: str)
         raise invalid(
             f"{where}: 'data' of shape {list(array.shape)} does not fit shape {list(shape)}"
         )
-    with np.errstate(over="ignore"):
-        converted: NDArray[Any] = array.astype(dtype).reshape(shape)
-    if dtype.kind in "iu" and not np.array_equal(converted.ravel(), array.ravel()):
-        raise invalid(f"{where}: 'data' holds numbers beyond {datatype}")
-    if dtype.kind == "f" and not np.isfinite(converted).all():
-        raise invalid(f"{where}: 'data' holds numbers beyond {datatype}")
-    return converted
+    return checks.converted(array, datatype, shape, where)
 
 
 def _strings(data: list[Any], elements: int, where: str, encoded: bool) -> list[bytes]:
@@ -200,24 +177,8 @@ def _strings(data: list[Any], elements: int, where: str, encoded: bool) -> list[
 
 def _output(entry: Mapping[str, Any], index: int) -> OutputRequest:
     name = _field(entry, "name", str, f"outputs[{index}]")
-    parameters = _parameters(entry, f"output '{_clip(name)}'")
-    return OutputRequest(name, output_options(name, parameters))
-
-
-def output_options(name: str, parameters: Mapping[str, Parameter]) -> bool | None:
-    """What an output's parameters ask for: binary or not, None where they leave it open.
-
-    Raises:
-        Refusal: they ask for something that is not implemented.
-    """
-    where = f"output '{_clip(name)}'"
-    for unsupported in ("classification", "shared_memory_region"):
-        if parameters.get(unsupported):
-            raise invalid(f"{where}: {unsupported} is not supported")
-    binary = parameters.get("binary_data")
-    if binary is not None:
-        _expect(binary, bool, f"{where}: binary_data")
-    return binary if isinstance(binary, bool) else None
+    parameters = _parameters(entry, f"output '{clip(name)}'")
+    return OutputRequest(name, checks.output_options(name, parameters))
 
 
 def _parameters(entry: Mapping[str, Any], where: str) -> dict[str, Parameter]:
@@ -225,19 +186,10 @@ def _parameters(entry: Mapping[str, Any], where: str) -> dict[str, Parameter]:
     for name, value in parameters.items():
         if not isinstance(value, bool | int | float | str):
             raise invalid(
-                f"{where}: parameter {_show(name)} is {_show(value)}; expected a number, a string "
+                f"{where}: parameter {show(name)} is {show(value)}; expected a number, a string "
                 "or a truth value"
             )
     return dict(parameters)
-
-
-def _shape(sizes: list[Any], where: str) -> tuple[int, ...]:
-    wrong = len(sizes) > _MAX_DIMS or not all(type(n) is int and n >= 0 for n in sizes)
-    if wrong or datatypes.count(sizes) > _MAX_SIZE:
-        raise invalid(
-            f"{where}: shape is {_show(sizes)}; expected at most {_MAX_DIMS} sizes from 0"
-        )
-    return tuple(sizes)
 
 
 def _field(entry: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
@@ -248,21 +200,6 @@ def _field(entry: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
 
 def _expect(value: Any, kind: type, where: str) -> Any:
     if type(value) is not kind:
-        names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
-        raise invalid(f"{where} is {_show(value)}; expected {names[kind]}")
+        names: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
+        raise invalid(f"{where} is {show(value)}; expected {names[kind]}")
     return value
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, list | dict) and len(value) > _SHOWN:
-        return f"a {type(value).__name__} of {len(value)}"
-    try:
-        return _clip(json.dumps(value))
-    except (ValueError, RecursionError):
-        return type(value).__name__
-
-
-def _clip(text: str) -> str:
-    """A client's text, shortened and without control characters, for a message."""
-    shown = text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
-    return shown if shown.isprintable() else ascii(shown)[1:-1]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from regraft import __version__
 from regraft.serve.batcher import Answer
+from regraft.serve.http_body import Bodies
 from regraft.serve.messages import InferRequest, InferResponse
 from regraft.serve.model import Model
 from regraft.serve.refusals import Refusal, unavailable
@@ -36,6 +37,14 @@ class Call:
     id: str | None = None
     images: int = 0
 
+    def to_json(self) -> dict[str, Any]:
+        """What is known of it."""
+        return {
+            **({"model": self.model, "version": self.version} if self.model else {}),
+            **({"images": self.images} if self.images else {}),
+            **({"id": self.id} if self.id is not None else {}),
+        }
+
 
 class Service:
     """The operations of the protocol.
@@ -43,12 +52,14 @@ class Service:
     Attributes:
         repository: the models.
         settings: limits and batching.
+        bodies: the memory of requests that are being answered.
         draining: set once the server has been told to stop.
     """
 
     def __init__(self, repository: Repository, settings: Settings) -> None:
         self.repository = repository
         self.settings = settings
+        self.bodies = Bodies(settings.limits)
         self.draining = False
         # Apart from the threads that decode, behind whose images small requests would wait.
         self._wire = ThreadPoolExecutor(2, thread_name_prefix="regraft-wire")
@@ -148,12 +159,13 @@ class Service:
         model = self.repository.find(name, version)
         call.model, call.version = name, model.version
         with _failures_counted(model, name, begun):
-            request = await self._in_thread(parse)
+            request = await self.in_thread(parse)
             call.id = request.id
-            answer, checked_ns, images = await self._run(model, name, request, call)
+            deadline = self._deadline(request)
+            answer, checked_ns, images = await self._run(model, name, request, call, deadline)
             computed = time.perf_counter_ns()
             response = InferResponse(name, model.version, request.id, _as_asked(answer, request))
-            encoded = await self._in_thread(lambda: encode(request, response))
+            encoded = await self.in_thread(lambda: encode(request, response))
         ended = time.perf_counter_ns()
         timing = Timing(
             total=ended - begun,
@@ -166,10 +178,9 @@ class Service:
         return encoded
 
     async def _run(
-        self, model: Model, name: str, request: InferRequest, call: Call
+        self, model: Model, name: str, request: InferRequest, call: Call, deadline: float
     ) -> tuple[Answer, int, int]:
         """Checks, decodes, waits for the engine: the answer, when it was decoded, its images."""
-        deadline = self._deadline(request)
         request.half  # noqa: B018 - refuses another type
         signature = model.signatures[name]
         outputs = signature.check_outputs(request)
@@ -197,7 +208,8 @@ class Service:
         now = asyncio.get_running_loop().time()
         return now + (longest if own is None else min(own, longest))
 
-    async def _in_thread(self, job: Callable[[], Encoded]) -> Encoded:
+    async def in_thread(self, job: Callable[[], Encoded]) -> Encoded:
+        """The result of a job that handles a request's bytes, in one of the threads for that."""
         return await asyncio.get_running_loop().run_in_executor(self._wire, job)
 
 

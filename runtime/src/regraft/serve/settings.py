@@ -63,9 +63,11 @@ class Settings:
     Attributes:
         host: address to listen on.
         port: of HTTP; 0 takes a free one.
+        grpc_port: of gRPC, likewise; None for no gRPC.
         key: what clients must present; None lets everybody in.
         model_control: whether clients may load and unload models.
         log_requests: one JSON line a request on stdout.
+        ui: whether there is a page at ``/``.
         drain_delay: seconds between readiness going and the listeners closing.
         drain_timeout: seconds that accepted requests have to be answered after that.
         workers: threads that decode images.
@@ -73,9 +75,11 @@ class Settings:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    grpc_port: int | None = None
     key: str | None = field(default=None, repr=False)
     model_control: bool = False
     log_requests: bool = False
+    ui: bool = True
     drain_delay: float = 1.0
     drain_timeout: float = 30.0
     workers: int = field(default_factory=default_workers)

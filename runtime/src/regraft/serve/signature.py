@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from regraft.manifest import INPUT, Manifest
+from regraft.serve import datatypes
+from regraft.serve.checks import clip
 from regraft.serve.datatypes import BYTES
 from regraft.serve.messages import InferRequest, InputTensor
 from regraft.serve.refusals import invalid
@@ -22,7 +24,6 @@ IMAGES = "images"
 SUFFIX = "_images"
 PLATFORM = "regraft"
 _ANY = -1
-_SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,11 @@ class Signature:
         """
         first = self.inputs[0]
         if request.raw is not None:
-            if first.datatype != BYTES:
-                raise invalid(
-                    f"a raw binary request needs a model of one BYTES input; '{self.model}' takes "
-                    f"{first.datatype}, '{self.model}{SUFFIX}' takes encoded images"
-                )
-            return InputTensor(first.name, BYTES, (1, 1), [request.raw])
+            return self._whole(request.raw)
         for given in request.inputs:
             if given.name != first.name:
                 raise invalid(
-                    f"unexpected inference input '{_clip(given.name)}' for model '{self.model}'; "
+                    f"unexpected inference input '{clip(given.name)}' for model '{self.model}'; "
                     f"it takes '{first.name}'"
                 )
         if len(request.inputs) != 1:
@@ -105,7 +101,7 @@ class Signature:
         for name in asked:
             if name not in known:
                 raise invalid(
-                    f"unexpected inference output '{_clip(name)}' for model '{self.model}'; it "
+                    f"unexpected inference output '{clip(name)}' for model '{self.model}'; it "
                     f"gives {', '.join(known)}"
                 )
         if len(set(asked)) != len(asked):
@@ -139,6 +135,15 @@ class Signature:
             "dynamic_batching": {"max_queue_delay_microseconds": delay_us},
             "parameters": {n: {"string_value": v} for n, v in parameters.items()},
         }
+
+    def _whole(self, body: bytes) -> InputTensor:
+        """The body of a request without a tensor around it: one image."""
+        first = self.inputs[0]
+        shape = (1, *first.shape[1:])
+        if first.datatype == BYTES:
+            return InputTensor(first.name, BYTES, shape, [body])
+        array = datatypes.from_wire(first.name, first.datatype, shape, memoryview(body))
+        return InputTensor(first.name, first.datatype, shape, array)
 
     def _check_tensor(self, given: InputTensor) -> None:
         fitting = [form for form in self.inputs if form.datatype == given.datatype]
@@ -179,8 +184,3 @@ def _in_config(tensor: Tensor) -> dict[str, Any]:
 
 def _brackets(shape: Sequence[int]) -> str:
     return f"[{','.join(map(str, shape))}]"
-
-
-def _clip(text: str) -> str:
-    shown = text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
-    return shown if shown.isprintable() else ascii(shown)[1:-1]

@@ -4,8 +4,8 @@
 model                  takes and gives
 =====================  ===================================================================
 ``NAME``               ``pixel_values``, FP32 (3, H, W) -> the bundle's outputs
-``NAME_preprocess``    ``image``, the bytes of an image file -> ``pixel_values``
-``NAME_images``        ``image`` -> the bundle's outputs: an ensemble of the two
+``NAME_preprocess``    ``images``, BYTES (1), encoded images -> ``pixel_values``
+``NAME_images``        ``images`` -> the bundle's outputs: an ensemble of the two
 =====================  ===================================================================
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from regraft.manifest import INPUT, Manifest
 from regraft.triton.pbtxt import Message, Word
 
-IMAGE = "image"
+IMAGES = "images"
 _FP32, _BYTES = Word("TYPE_FP32"), Word("TYPE_STRING")
 
 
@@ -93,7 +93,7 @@ def ensemble(manifest: Manifest, serving: Serving) -> Message:
         {
             "model_name": serving.preprocess,
             "model_version": -1,
-            "input_map": [{"key": IMAGE, "value": IMAGE}],
+            "input_map": [{"key": IMAGES, "value": IMAGES}],
             "output_map": [{"key": INPUT, "value": INPUT}],
         },
         {
@@ -118,7 +118,7 @@ def _pixels(manifest: Manifest) -> Message:
 
 
 def _image() -> Message:
-    return {"name": IMAGE, "data_type": _BYTES, "dims": [1]}
+    return {"name": IMAGES, "data_type": _BYTES, "dims": [1]}
 
 
 def _outputs(manifest: Manifest) -> Sequence[Message]:

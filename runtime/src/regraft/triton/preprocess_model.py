@@ -35,7 +35,7 @@ class TritonPythonModel:
 
     def _respond(self, request: Any) -> Any:
         backend = self._backend
-        images = backend.get_input_tensor_by_name(request, "image").as_numpy().reshape(-1)
+        images = backend.get_input_tensor_by_name(request, "images").as_numpy().reshape(-1)
         pixels = np.empty((len(images), 3, *self._preprocessing.image_size), np.float32)
         for index, image in enumerate(images):
             try:

@@ -1,0 +1,98 @@
+"""Closed-loop clients of a server: each asks again as soon as it is answered."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from benchmarks.served import (
+    PATIENCE,
+    Array,
+    Served,
+    grpc_arrays,
+    grpc_body,
+    grpc_channel,
+    grpc_infer,
+    http_arrays,
+    http_body,
+)
+
+OUTPUT = "pooler_output"
+Ask = Callable[[], Array]
+
+
+def load_with(
+    connect: Callable[[], Any], clients: int, right: Array, seconds: float
+) -> tuple[float, list[float]]:
+    """Asks for a while; everybody's first answer does not count.
+
+    Args:
+        connect: opens a client's connection; within it, a function that asks once.
+        clients: how many.
+        right: the answer; another one ends the benchmark.
+        seconds: how long.
+
+    Returns:
+        Answers per second, and the seconds of each.
+    """
+    waits: list[float] = []
+    faults: list[BaseException] = []
+    warm = threading.Barrier(clients + 1, timeout=PATIENCE)
+    begun = [0.0]
+
+    def client() -> None:
+        try:
+            with connect() as ask:
+                ask()
+            warm.wait()  # without a connection: the server closes what is idle
+            with connect() as ask:
+                while (asked := time.perf_counter()) - begun[0] < seconds or not begun[0]:
+                    if not np.allclose(ask(), right, rtol=1e-3, atol=1e-4):
+                        raise ValueError("another answer than the engine's")
+                    waits.append(time.perf_counter() - asked)
+        except BaseException as error:
+            faults.append(error)
+            warm.abort()
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    warm.wait()
+    begun[0] = time.perf_counter()
+    for thread in threads:
+        thread.join()
+    if faults:
+        raise SystemExit(f"a client failed: {faults[0]!r}")
+    return len(waits) / (time.perf_counter() - begun[0]), waits
+
+
+@contextmanager
+def over_http(server: Served, pixels: Array) -> Iterator[Ask]:
+    """A client over HTTP, for the pooled output of these pixels."""
+    body, headers = http_body("pixel_values", "FP32", pixels.shape, pixels.tobytes(), [OUTPUT])
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+
+    def ask() -> Array:
+        connection.request("POST", "/v2/models/vit/infer", body, headers)
+        answer = connection.getresponse()
+        return http_arrays(answer, answer.read())[OUTPUT]
+
+    yield ask
+    connection.close()
+
+
+@contextmanager
+def over_grpc(server: Served, pixels: Array) -> Iterator[Ask]:
+    """The same over gRPC."""
+    raw = pixels.tobytes()
+    body = grpc_body("vit", "pixel_values", "FP32", pixels.shape, raw, [OUTPUT])
+    channel = grpc_channel(server.grpc_port)
+    call = grpc_infer(channel)
+    yield lambda: grpc_arrays(call(body, timeout=PATIENCE))[OUTPUT]
+    channel.close()

@@ -1,0 +1,79 @@
+"""Foreign ONNX files, as torch.onnx writes them."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from regraft.redirect import RedirectOptions
+
+EVERYTHING = RedirectOptions(
+    value="per-layer", cls="keep", patches="only-outliers", registers=2, scale=(1.0, 0.5)
+)
+
+
+def dynamo(module: nn.Module, size: tuple[int, int], path: Path, opset: int, **more: Any) -> None:
+    example = torch.zeros(2, 3, *size, dtype=next(module.parameters()).dtype)
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            (example,),
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+            verbose=False,
+            **more,
+        )
+    assert program is not None
+    onnx.save(program.model_proto, path)
+
+
+def torchscript(
+    module: nn.Module,
+    size: tuple[int, int],
+    path: Path,
+    opset: int,
+    axes: Any = None,
+    *,
+    batch: int = 1,
+    channels: int = 3,
+) -> None:
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            (torch.zeros(batch, channels, *size),),
+            str(path),
+            dynamo=False,
+            opset_version=opset,
+            input_names=["pixel_values"],
+            dynamic_axes=None if axes is None else {"pixel_values": axes},
+        )
+
+
+BATCH = {0: "batch"}
+ANY = {0: "batch", 2: "height", 3: "width"}
+CASES = [
+    ("timm", "dynamo", 18, {}),
+    ("timm", "dynamo", 23, {}),
+    ("timm_swiglu", "dynamo", 20, {"optimize": False}),
+    ("timm_clip", "dynamo", 24, {}),
+    ("hf_vit", "dynamo", 23, {"optimize": False}),
+    ("hf_dinov2", "dynamo", 20, {}),
+    ("timm", "torchscript", 14, {"axes": BATCH}),
+    ("timm", "torchscript", 17, {}),
+    ("timm_clip", "torchscript", 14, {}),
+    ("timm_siglip", "torchscript", 18, {"axes": BATCH}),
+    ("timm_swiglu", "torchscript", 17, {"axes": BATCH}),
+    ("hf_clip", "torchscript", 17, {"axes": BATCH}),
+    ("hf_dinov2", "torchscript", 18, {"axes": ANY}),
+    ("hf_clip_projection", "dynamo", 18, {}),
+]
