@@ -51,7 +51,7 @@ def contributions(
         units = h[:, patches]
         at = units[image, position].astype(np.float32)  # (n, m)
         others = [
-            w @ units[i].astype(np.float32)
+            w @ units[i].astype(np.float32, copy=False)
             for w, i in zip(ordinary, np.flatnonzero(has), strict=True)
         ]
         elsewhere = np.concatenate(others)  # (B', m)

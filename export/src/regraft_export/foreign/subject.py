@@ -97,7 +97,11 @@ class OnnxSubject:
         patches = slice(self._prefix, self._count)
         writes = {i: self._write(i) for i in range(layers)}
         return contributions(
-            tokens.astype(np.float32), dict(enumerate(hidden)), writes, patches, threshold
+            tokens.astype(np.float32, copy=False),
+            dict(enumerate(hidden)),
+            writes,
+            patches,
+            threshold,
         )
 
     def state(self, pixels: Floats, layer: int) -> Floats:
@@ -226,7 +230,7 @@ def _graph_of(done: Intervention) -> Kind:
 
 
 def _norms(tokens: NDArray[Any]) -> Floats:
-    return np.asarray(np.linalg.norm(tokens.astype(np.float32), axis=-1), np.float32)
+    return np.asarray(np.linalg.norm(tokens.astype(np.float32, copy=False), axis=-1), np.float32)
 
 
 def _padded(rows: NDArray[Any], batch: int | None) -> NDArray[Any]:

@@ -1,9 +1,10 @@
 """ONNX Runtime on CUDA: the graph that export made for it, without PyTorch.
 
 - ``engine``: the engine, and what can go wrong when it opens.
-- ``runner``: buffers on the card, pinned staging, one CUDA graph per batch size.
+- ``runner``: three streams, and one CUDA graph per slot of a batch size.
 - ``one_thread``: why runs of one session stay on one thread.
+- ``slot``: one batch in its buffers, on its way in, computed, or on its way back.
 
-Never run on a card where this was written: tests put a fake card in its place
-(``tests/runtime/engines/test_ort_cuda.py``); `make test-gpu` runs it where there is one.
+Tests put a fake card in its place (``tests/runtime/engines/test_ort_cuda.py``), whose streams put
+work off as late as they may; `make test-gpu` runs it on a real one.
 """
