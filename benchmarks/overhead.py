@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from benchmarks.literal import literal_graph
 from benchmarks.machine import RESULTS, circumstances, write_results
+from benchmarks.vits import some_neurons
 from regraft.engines import EngineOptions, open_engine
-from regraft.neurons import Neurons, RegisterNeuron
+from regraft.neurons import Neurons
 from regraft.redirect import RedirectOptions
 from regraft.timing import Ratio, Times, race
 from regraft_export.graph.patch import Patch, Traced, Wanted, build
@@ -53,7 +54,7 @@ def main() -> None:
     module = timm.create_model(args.model, pretrained=False).eval().requires_grad_(False)
     size: tuple[int, int] = module.default_cfg["input_size"][1:]
     vit = from_module(module, size)
-    neurons = _neurons(vit, args.touched, args.neurons)
+    neurons = some_neurons(vit, args.touched, args.neurons)
     traced = trace(vit, size)
     result: dict[str, Any] = {
         **circumstances("benchmarks.overhead"),
@@ -73,13 +74,6 @@ def main() -> None:
     table = _table(result)
     print("\n".join(table))
     write_results(args.out, result, table)
-
-
-def _neurons(vit: VisionTransformer, layers: list[int], count: int) -> Neurons:
-    rng = np.random.default_rng(0)
-    hidden = vit.blocks[0].down.in_features
-    chosen = [(layers[i % len(layers)], int(rng.integers(hidden))) for i in range(count)]
-    return Neurons(tuple(RegisterNeuron(a, b, value=1.0) for a, b in dict.fromkeys(chosen)))
 
 
 def _write(folder: Path, traced: Traced, neurons: Neurons) -> None:
