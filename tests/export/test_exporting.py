@@ -11,6 +11,7 @@ from onnx import TensorProto
 from tests.support import bundles, graphs, pictures, traces
 
 from regraft.bundle import Bundle
+from regraft.engines import parts
 from regraft.errors import GateError, InputError, NeuronsError, OutputExistsError
 from regraft.files import check_output
 from regraft.neurons import Neurons, RegisterNeuron
@@ -152,7 +153,8 @@ def test_nothing_of_the_exporting_machine_is_in_the_graphs(exported: Path) -> No
             for telltale in (*TELLTALES, str(Path.cwd()).encode(), b"Traceback"):
                 assert telltale not in content, (name, telltale)
             model = onnx.load(exported / name, load_external_data=False)
-            assert not model.metadata_props
+            allowed = {parts.METADATA} if name == "model.cuda.onnx" else set()
+            assert {entry.key for entry in model.metadata_props} == allowed
             assert not any(node.metadata_props for node in model.graph.node)
             assert not any(node.doc_string for node in model.graph.node)
 
@@ -177,10 +179,13 @@ def test_the_written_graphs_equal_pytorch(exported: Path, optimize: bool) -> Non
         session = ort.InferenceSession(
             str(bundle.graph(graph)), options, providers=["CPUExecutionProvider"]
         )
-        outputs = [o.name for o in session.get_outputs()]
-        found = session.run(outputs, {"pixel_values": pixels})
-        right = reference.run(graph.removesuffix("_cuda"), pixels, outputs)
-        for name, value in zip(outputs, found, strict=True):
+        shapes = {o.name: tuple(o.shape) for o in session.get_outputs()}
+        cuts = parts.parts_of(session.get_modelmeta().custom_metadata_map, shapes)
+        names = list(parts.shapes_of(shapes, cuts))
+        found = dict(zip(shapes, session.run(list(shapes), {"pixel_values": pixels}), strict=True))
+        right = reference.run(graph.removesuffix("_cuda"), pixels, names)
+        for name in names:
+            value = parts.cut(name, found, cuts)
             assert traces.error(value, right[name]) < 1e-5, (graph, name)
 
 

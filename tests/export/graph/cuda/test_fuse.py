@@ -32,6 +32,7 @@ OPTIONS = [
     RedirectOptions("constant"),
     RedirectOptions("per-neuron", "zero", "zero", 2, (1.0, -0.5)),
     RedirectOptions("per-layer"),
+    RedirectOptions("per-neuron", "keep"),
     RedirectOptions("constant", "zero", "zero", 2, (1.0, -0.5)),
     RedirectOptions("per-neuron", "keep", "only-outliers", 1, (2.0,)),
 ]

@@ -258,11 +258,12 @@ BLOCK = MLP.replace("y = Add(alone, place)", "o = Add(alone, place) y = Add(s, o
     "s = Add(x, x) n = LayerNormalization<axis = -1>(s, gamma, beta) u = MatMul(n, w1)",
 )
 BLOCKS = {**MLPS, "gamma": (D,), "beta": (D,)}
+ROW = {"row": ("b", 1, D)}
 
 
 def test_a_register_is_added_to_the_residual() -> None:
     before, graph = run(model(BLOCK, **BLOCKS)), model(BLOCK, **BLOCKS)
-    assert add_to_residual(graph, T, D, constants=True) == 1
+    assert add_to_residual(graph, T, D, ROW, constants=True) == 1
     graph.cleanup()
     (write,) = [node for node in graph.nodes if node.op == "ScatterND"]
     assert write.attrs["reduction"] == "add"
@@ -280,17 +281,20 @@ def test_a_constant_row_is_added_to_the_residual_where_chosen(chosen: bool) -> N
     rows[-1] += 3
     nodes = "s = Add(x, x) a = MatMul(s, w) o = Add(a, bias) y = Add(o, s)"
     # The residual's other reader is no norm, so it is left; without it, it is rewritten.
-    assert add_to_residual(model(nodes, w=(D, D), bias=rows), T, D, constants=chosen) == 0
+    assert add_to_residual(model(nodes, w=(D, D), bias=rows), T, D, ROW, constants=chosen) == 0
     nodes = nodes.replace("MatMul(s, w)", "MatMul(x, w)")
     before, graph = run(model(nodes, w=(D, D), bias=rows)), model(nodes, w=(D, D), bias=rows)
-    assert add_to_residual(graph, T, D, constants=chosen) == int(chosen)
+    assert add_to_residual(graph, T, D, ROW, constants=chosen) == int(chosen)
     np.testing.assert_allclose(run(graph), before, atol=1e-5)
 
 
 def test_a_sum_that_leaves_or_is_no_residual_is_left() -> None:
-    assert add_to_residual(model(MLP, **MLPS), T, D, constants=True) == 0
+    assert add_to_residual(model(MLP, **MLPS), T, D, ROW, constants=True) == 0
+    # What is added is a row for every token, or may be: with `cls = keep` for example.
+    for shapes in ({}, {"row": ("b", T, D)}):
+        assert add_to_residual(model(BLOCK, **BLOCKS), T, D, shapes, constants=True) == 0
     read_twice = BLOCK.replace("y = Add(s, o)", "z = Add(s, o) y = Add(z, o)")
-    assert add_to_residual(model(read_twice, **BLOCKS), T, D, constants=True) == 0
+    assert add_to_residual(model(read_twice, **BLOCKS), T, D, ROW, constants=True) == 0
 
 
 def test_cuts_are_left_to_the_copy_back() -> None:

@@ -15,6 +15,8 @@ kernel, and where the residual has another reader, the other forms stay.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
@@ -24,13 +26,21 @@ from regraft_export.graph.cuda.register_write import constant_writes, register_w
 from regraft_export.graph.document import Editor, consumers
 
 
-def add_to_residual(graph: gs.Graph, tokens: int, width: int, *, constants: bool) -> int:
+def add_to_residual(
+    graph: gs.Graph,
+    tokens: int,
+    width: int,
+    shapes: Mapping[str, tuple[object, ...]],
+    *,
+    constants: bool,
+) -> int:
     """Rewrites every such place.
 
     Args:
         graph: changed in place.
         tokens: T + R.
         width: D.
+        shapes: tensor name -> shape; what is added must be known to be one row an image.
         constants: whether rows that ``value = constant`` left are rewritten, too.
 
     Returns:
@@ -39,7 +49,8 @@ def add_to_residual(graph: gs.Graph, tokens: int, width: int, *, constants: bool
     done = 0
     for write in list(register_writes(graph)):
         residual = _residual(graph, write.add)
-        if residual is None or write.dtype.name == "bfloat16":
+        one_row = tuple(shapes.get(write.row.name, ())[1:]) == (1, width)
+        if residual is None or not one_row or write.dtype.name == "bfloat16":
             continue
         editor, stem = Editor(graph), f"{write.add.name}.residual"
         value = write.row

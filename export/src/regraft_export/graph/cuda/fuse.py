@@ -146,7 +146,7 @@ def fuse_built(
     attentions, left = fuse_attention(graph, layout.heads, tokens)
     keys = drop_key_bias(graph) if choices.biases else 0
     values = move_value_bias(graph) if choices.biases else 0
-    placed = _redirect(graph, choices, tokens, layout.width)
+    placed = _redirect(graph, choices, (tokens, layout.width), shapes)
     parts = leave_whole(graph, tokens) if choices.whole else {}
     gelus = fuse_bias_gelu(graph)
     graph.cleanup()  # what the rewrites above left unread must not count as a reader
@@ -199,15 +199,22 @@ def _enter(graph: gs.Graph, traced: Traced, choices: Choices) -> tuple[bool, boo
     return True, embed_tokens(graph, patches, found, (count, layout.width))
 
 
-def _redirect(graph: gs.Graph, choices: Choices, tokens: int, width: int) -> int:
+def _redirect(
+    graph: gs.Graph,
+    choices: Choices,
+    size: tuple[int, int],
+    shapes: dict[str, tuple[object, ...]],
+) -> int:
     """Gives the registers' rows their form; returns how many touched layers have it."""
+    tokens = size[0]
     if choices.maximum == "topk":
         maximum_by_topk(graph, tokens)
     done = 0
     if choices.write == "wide":
         done = widen_hidden(graph, tokens)
     if choices.write == "residual":
-        done = add_to_residual(graph, tokens, width, constants=choices.constants == "residual")
+        constants = choices.constants == "residual"
+        done = add_to_residual(graph, *size, shapes, constants=constants)
     graph.cleanup()  # sums that were replaced are no sums any more
     # What does not fit, a gated MLP's hidden units for example, takes the form with one pass.
     return done + (place_register_row(graph, tokens) if choices.write != "added" else 0)
