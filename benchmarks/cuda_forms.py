@@ -40,14 +40,14 @@ from regraft_export.vit.structure import VisionTransformer
 
 FORMS = {
     BASELINE: Form(None),
-    "residual, topk": Form(PER_NEURON, Choices("residual", "topk")),
-    "residual, reduce": Form(PER_NEURON, Choices("residual", "reduce")),
-    "wide, topk": Form(PER_NEURON, Choices("wide", "topk")),
-    "row, topk": Form(PER_NEURON, Choices("row", "topk")),
-    "added, topk": Form(PER_NEURON, Choices("added", "topk")),
-    "constant, residual": Form(CONSTANT, Choices("residual")),
-    "constant, wide": Form(CONSTANT, Choices("wide")),
-    "constant, added": Form(CONSTANT, Choices("added")),
+    "residual, topk": Form(PER_NEURON, Choices(write="residual", maximum="topk")),
+    "residual, reduce": Form(PER_NEURON, Choices(write="residual", maximum="reduce")),
+    "wide, topk": Form(PER_NEURON, Choices(write="wide", maximum="topk")),
+    "row, topk": Form(PER_NEURON, Choices(write="row", maximum="topk")),
+    "added, topk": Form(PER_NEURON, Choices(write="added", maximum="topk")),
+    "constant, residual": Form(CONSTANT, Choices(write="residual", constants="residual")),
+    "constant, wide": Form(CONSTANT, Choices(write="wide")),
+    "constant, added": Form(CONSTANT, Choices(write="residual", constants="added")),
 }
 
 

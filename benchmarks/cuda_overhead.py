@@ -4,7 +4,8 @@ Run as ``python -m benchmarks.cuda_overhead`` on a machine with a card. Each mod
 then all rivals of one batch size run in one process, in an order that changes every round, and what
 they return is checked against PyTorch with hooks in float32. Times are the card's own, of several
 runs in a row, without copies; ``first_ms`` are single runs, with the time to start them.
-A result file that exists is continued: cells it has are not measured again.
+Of torch.compile it is the eager module that is checked. A result file that exists is continued; a
+cell of the same model, size, precision and batch is replaced.
 """
 
 from __future__ import annotations

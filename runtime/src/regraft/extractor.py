@@ -223,13 +223,24 @@ class Extractor:
                 del names[index]
             return features
 
+        failure: BaseException | None = None
         try:
-            for batch in batches:
-                waiting.append((self._start(batch.pixels, batch.indices, names), batch.indices[-1]))
+            while True:
+                try:
+                    batch = next(batches, None)
+                    if batch is None:
+                        break
+                    started = self._start(batch.pixels, batch.indices, names)
+                except Exception as error:  # what came before is handed out first
+                    failure = error
+                    break
+                waiting.append((started, batch.indices[-1]))
                 if len(waiting) > overlap:
                     yield oldest()
             while waiting:
                 yield oldest()
+            if failure is not None:
+                raise failure
         finally:
             batches.close()
 

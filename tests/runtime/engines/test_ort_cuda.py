@@ -20,7 +20,7 @@ from tests.support.fake_tensorrt import Cudart, Status
 
 from regraft.engines import EngineOptions, open_engine, parts
 from regraft.engines.ort_cuda.runner import LARGEST
-from regraft.errors import EngineError
+from regraft.errors import EngineError, ImageError
 from regraft.extractor import Extractor
 
 Fake = fake_onnxruntime.Module
@@ -141,6 +141,29 @@ def test_a_stream_ahead_gives_the_same_in_order(ort: Fake, pristine_bundle: Path
     assert [part.indices.tolist() for part in ahead] == [[0, 1], [2, 3], [4, 5], [6]]
     for one, other in zip(plain, ahead, strict=True):
         np.testing.assert_array_equal(one.pooled, other.pooled)
+
+
+def test_a_stream_ahead_hands_out_what_came_before_a_bad_image(
+    ort: Fake, pristine_bundle: Path, tmp_path: Path
+) -> None:
+    images = [np.zeros((20, 20, 3), np.uint8)] * 2 + [tmp_path / "absent.jpg"]
+    with Extractor.open(pristine_bundle, "ort-cuda", batch_size=1) as extractor:
+        found = extractor.stream(images, ahead=True)
+        assert [next(found).indices.tolist() for _ in range(2)] == [[0], [1]]
+        with pytest.raises(ImageError, match=r"absent\.jpg"):
+            next(found)
+
+
+def test_a_batch_that_is_lost_says_so(ort: Fake, graph: Path) -> None:
+    with open_engine(graph, "ort-cuda") as engine:
+        engine.run(pixels(2))
+        lost = engine.start(pixels(2))
+        ort.cudart.fails["cudaEventSynchronize"] = Status.cudaErrorLaunchFailure
+        with pytest.raises(EngineError, match="cudaEventSynchronize failed"):
+            lost()
+        with pytest.raises(EngineError, match="this batch was lost with an earlier failure"):
+            lost()
+        assert engine.run(pixels(2))["pooler_output"].shape[0] == 2
 
 
 def test_the_card_times_itself(ort: Fake, graph: Path) -> None:

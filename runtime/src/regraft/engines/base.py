@@ -260,7 +260,8 @@ class Engine(ABC):
     def device_seconds(self, batch: int, runs: int = 1) -> float:
         """How long the device computes, by its own clock; nothing is copied to it or from it.
 
-        It computes what its buffers hold: the last batch of that size, or zeros.
+        It computes what its buffers hold: run a batch of that size first, and a few times, so that
+        nothing is prepared within the time.
 
         Args:
             batch: images in a run; where the engine pads or cuts it, what it then computes counts.

@@ -106,7 +106,15 @@ def test_every_form_of_the_redirect(
 
 @pytest.mark.parametrize("family", ["timm", "hf_dinov2", "timm_swiglu"])
 def test_nothing_chosen_leaves_the_biases_and_the_convolution(traced: Trace, family: str) -> None:
-    plain = Choices("added", "reduce", False, False, False, False)
+    plain = Choices(
+        write="added",
+        maximum="reduce",
+        patches=False,
+        tokens=False,
+        biases=False,
+        layer_scale=False,
+        whole=False,
+    )
     patch = Patch(models.neurons(models.vit(family)), RedirectOptions())
     fused = compare(traced(family), family, patch, plain)
     ops = Counter(node.op_type for node in fused.proto.graph.node)

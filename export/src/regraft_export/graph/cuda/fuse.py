@@ -35,7 +35,7 @@ WRITES = ("residual", "row", "wide", "added")
 MAXIMA = ("topk", "reduce")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Choices:
     """Forms that only a card can decide between; the benchmark runs them all.
 

@@ -32,7 +32,8 @@ def maximum_by_topk(graph: gs.Graph, tokens: int) -> int:
         return 0
     size = -(-tokens // groups)
     done = 0
-    for node in [n for n in graph.nodes if n.op == "ReduceMax"]:
+    of_redirect = [n for n in graph.nodes if n.name.startswith("regraft.redirect.")]
+    for node in [n for n in of_redirect if n.op == "ReduceMax"]:
         axes = node.inputs[1] if len(node.inputs) > 1 else None
         over_tokens = isinstance(axes, gs.Constant) and axes.values.tolist() == [1]
         if not over_tokens or node.attrs.get("keepdims", 1) != 1:

@@ -177,7 +177,8 @@ class OrtCudaEngine(Engine):
 
     def _close(self) -> None:
         if self._runner is not None:
-            self._runner.close()
+            # Behind what an interrupted caller left running, which still uses its memory.
+            self._thread.call(self._runner.close)
             self._thread.close()
         self._runner = None
 

@@ -107,7 +107,7 @@ class Runner:
     def device_seconds(self, batch: int, runs: int) -> float:
         """Seconds per run on the card, of the buckets that execute a batch of that size."""
         needed = [bucket for _, _, bucket in pieces(batch, self.sizes)]
-        slots = {b: self._slots[b][0] if b in self._slots else self._free(b) for b in set(needed)}
+        slots = {b: self._free(b) for b in set(needed)}
 
         def work() -> None:
             for _ in range(runs):
@@ -119,15 +119,15 @@ class Runner:
     def _free(self, bucket: int) -> Slot:
         """A slot that is not in use; if there is none, the older one, once it has been emptied."""
         slots = self._slots.setdefault(bucket, [])
-        for slot in slots:
-            if slot.job is None:
-                return slot
-        if len(slots) < _SLOTS:
-            slots.append(self._prepare(bucket, len(slots)))
-            return slots[-1]
-        slots.append(slots.pop(0))
-        slots[-1].empty()
-        return slots[-1]
+        idle = next((slot for slot in slots if slot.job is None), None)
+        if idle is None and len(slots) < _SLOTS:
+            idle = self._prepare(bucket, len(slots))
+        elif idle is None:
+            idle = slots[0]
+            idle.empty()
+        # The one that was handed out last stands last.
+        slots[:] = [*(slot for slot in slots if slot is not idle), idle]
+        return idle
 
     def _prepare(self, bucket: int, number: int) -> Slot:
         options = self._ort.RunOptions()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from regraft.engines.cuda_runtime import Cuda
 from regraft.engines.parts import Part
+from regraft.errors import EngineError
 from regraft.manifest import INPUT
 
 Array = NDArray[np.float32]
@@ -27,9 +28,10 @@ class Job:
 
     def collect(self) -> list[Array]:
         """Waits for the results, and frees the slot; they are the caller's."""
-        if self.results is None:
+        if self.results is None and self.slot.job is self:
             self.slot.empty()
-        assert self.results is not None  # emptying the slot of its job fills them
+        if self.results is None:
+            raise EngineError("ort-cuda: this batch was lost with an earlier failure; run it again")
         return self.results
 
 
@@ -116,5 +118,5 @@ class Slot:
         job, self.job = self.job, None
         if job is None:
             return
-        self._cuda.wait_for(self._downloaded)
+        self._cuda.wait_for(self._downloaded)  # if this fails, the job is lost and says so
         job.results = [self._host[name][1][: job.count].copy() for name in job.outputs]
