@@ -42,15 +42,17 @@ def write_forms(
     folder: Path, traced: Traced, neurons: Neurons, forms: Mapping[str, Form], literal: bool = False
 ) -> None:
     """Writes ``NAME.cuda.onnx`` for every form, and on demand for the literal translation."""
+    kinds = {form.choices.layer_scale: form.choices for form in forms.values()}
+    prepared = {folded: prepare(traced, choices) for folded, choices in kinds.items()}
     with WeightsFile(folder) as weights:
         for name, form in forms.items():
             patch = None if form.redirect is None else Patch(neurons, form.redirect)
-            fused = fuse(prepare(traced, form.choices), patch, Wanted(), form.choices)
+            ready = prepared[form.choices.layer_scale]
+            fused = fuse(ready, patch, Wanted(), form.choices)
             weights.save(fused.proto, f"{name}.cuda.onnx")
         if literal:
-            prepared = prepare(traced)
-            proto = literal_graph(prepared.traced, neurons)
-            weights.save(fuse_built(prepared, proto, 1).proto, "literal.cuda.onnx")
+            proto = literal_graph(prepared[True].traced, neurons)
+            weights.save(fuse_built(prepared[True], proto, 1).proto, "literal.cuda.onnx")
 
 
 def write_portable(folder: Path, exact: Traced, neurons: Neurons) -> None:

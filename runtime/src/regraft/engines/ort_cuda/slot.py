@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ class Job:
     slot: Slot
     count: int
     outputs: Sequence[str]
-    results: list[Array] | None = field(default=None)
+    results: list[Array] | None = None
 
     def collect(self) -> list[Array]:
         """Waits for the results, and frees the slot; they are the caller's."""
