@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from benchmarks.literal import literal_graph
 from regraft.engines import Engine, EngineOptions, open_engine
 from regraft.engines.ort_cuda.engine import OrtCudaEngine
+from regraft.engines.ort_cuda.operators import LIBRARY, SUFFIX, compile_library
 from regraft.neurons import Neurons
 from regraft.parity import LIMITS
 from regraft.redirect import RedirectOptions
@@ -49,7 +50,7 @@ def write_forms(
             patch = None if form.redirect is None else Patch(neurons, form.redirect)
             ready = prepared[form.choices.layer_scale]
             fused = fuse(ready, patch, Wanted(), form.choices)
-            weights.save(fused.proto, f"{name}.cuda.onnx")
+            weights.save(fused.proto, file_of(name, form))
         if literal:
             proto = literal_graph(prepared[True].traced, neurons)
             weights.save(fuse_built(prepared[True], proto, 1).proto, "literal.cuda.onnx")
@@ -64,9 +65,19 @@ def write_portable(folder: Path, exact: Traced, neurons: Neurons) -> None:
         weights.save(build(exact, None, Wanted()).proto, "None.onnx")
 
 
+def file_of(name: str, form: Form) -> str:
+    """The file of a form."""
+    return f"{name}{SUFFIX if form.choices.operators else '.cuda.onnx'}"
+
+
 def open_cuda(folder: Path, name: str, precision: str) -> Engine:
-    """Opens ``NAME.cuda.onnx`` without asking for a build: benchmarks check outputs themselves."""
-    return OrtCudaEngine(folder / f"{name}.cuda.onnx", precision, EngineOptions())
+    """Opens a form's file without asking for a build: benchmarks check outputs themselves."""
+    with_operators = folder / f"{name}{SUFFIX}"
+    if not with_operators.exists():
+        return OrtCudaEngine(folder / f"{name}.cuda.onnx", precision, EngineOptions())
+    if not (folder / LIBRARY).exists():
+        compile_library(folder)
+    return OrtCudaEngine(with_operators, precision, EngineOptions(), folder)
 
 
 def expect_equal(

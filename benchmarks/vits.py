@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import timm
+import torch
+from timm.layers import LayerScale
 
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft_export.vit.structure import VisionTransformer, from_module
@@ -26,6 +28,10 @@ def load(name: str, image_size: int | None = None, depth: int | None = None) -> 
     if depth:
         options["depth"] = depth
     module = timm.create_model(name, pretrained=False, num_classes=0, **options)
+    for layer in module.modules():
+        if isinstance(layer, LayerScale):
+            # timm starts at 1e-5, which fp16 weights cannot take in, as they can what was trained.
+            torch.nn.init.constant_(layer.gamma, 0.1)
     size = (image_size,) * 2 if image_size else module.default_cfg["input_size"][1:]
     return from_module(module.eval().requires_grad_(False), (size[0], size[1]))
 

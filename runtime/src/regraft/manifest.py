@@ -76,6 +76,7 @@ class CudaFusions:
         tokens: whether the token entry is one Pad and one constant.
         redirects: touched layers whose register row does without a Mul over all tokens.
         shape_nodes: Shape nodes left, which ONNX Runtime runs on the CPU.
+        operators: nodes of regraft's own, see :mod:`regraft.engines.ort_cuda.operators`.
     """
 
     attentions: int = 0
@@ -88,6 +89,7 @@ class CudaFusions:
     tokens: bool = False
     redirects: int = 0
     shape_nodes: int = 0
+    operators: int = 0
 
 
 @dataclass(frozen=True)
@@ -364,7 +366,7 @@ def _fusions(value: Any) -> CudaFusions | None:
     found: dict[str, Any] = {}
     for f in fields(CudaFusions):
         read = _truth if isinstance(f.default, bool) else integer
-        found[f.name] = read(f"cuda.{f.name}", value[f.name])
+        found[f.name] = read(f"cuda.{f.name}", value.get(f.name, f.default))
     return CudaFusions(**found)
 
 

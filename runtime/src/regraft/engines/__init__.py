@@ -93,7 +93,7 @@ def open_engine(
     if kind.is_built and built is None:
         if opened := _from_cache(kind, graph, precision, options):
             return opened
-        if kind.must_be_built(precision):
+        if kind.must_be_built(precision, graph):
             asked = f" --precision {precision}" if options.precision else ""
             raise EngineError(
                 f"{engine}: {graph.name} was not built in {precision} on this machine, or for "
@@ -177,7 +177,7 @@ def _first_available(
             return kind(file, asked, options)
         if opened := _from_cache(kind, file, asked, options):
             return opened
-        if not kind.must_be_built(asked):
+        if not kind.must_be_built(asked, file):
             _warn_unverified(kind.name, file)
             return kind(file, asked, options)
         reasons.append(f"{kind.name}: is not built; `regraft build` does it")

@@ -115,8 +115,8 @@ class Engine(ABC):
         return precision
 
     @classmethod
-    def must_be_built(cls, precision: str) -> bool:
-        """Whether it can only open what :meth:`build` wrote."""
+    def must_be_built(cls, precision: str, graph: Path) -> bool:
+        """Whether it can only open what :meth:`build` wrote for this graph."""
         return cls.is_built
 
     @classmethod

@@ -48,7 +48,7 @@ def add_to_residual(
     """
     done = 0
     for write in list(register_writes(graph)):
-        residual = _residual(graph, write.add)
+        residual = residual_behind(graph, write.add)
         one_row = tuple(shapes.get(write.row.name, ())[1:]) == (1, width)
         if residual is None or not one_row or write.dtype.name == "bfloat16":
             continue
@@ -59,10 +59,10 @@ def add_to_residual(
             factor = editor.constant(f"{stem}.by", scales)
             value = editor.node("Mul", f"{stem}.scales", [value, factor])
         _scatter(editor, stem, residual, value, write.first + np.arange(len(write.scales)), width)
-        _bypass(write.add, write.alone)
+        bypass(write.add, write.alone)
         done += 1
     for constant in list(constant_writes(graph)) if constants else []:
-        residual = _residual(graph, constant.add)
+        residual = residual_behind(graph, constant.add)
         dtype = next(t for t in constant.add.inputs if isinstance(t, gs.Constant)).values.dtype
         if residual is None or dtype.name == "bfloat16":
             continue
@@ -81,8 +81,11 @@ def add_to_residual(
     return done
 
 
-def _residual(graph: gs.Graph, add: gs.Node) -> tuple[gs.Node, int] | None:
-    """The Add of the residual behind a sum, and in which slot the residual enters it."""
+def residual_behind(graph: gs.Graph, add: gs.Node) -> tuple[gs.Node, int] | None:
+    """The Add of the residual behind a sum, and in which slot the residual enters it.
+
+    None where the sum is read elsewhere, or the residual by more than that and a norm.
+    """
     y = add.outputs[0]
     readers = consumers(y)
     if len(readers) != 1 or readers[0].op != "Add" or any(y is t for t in graph.outputs):
@@ -113,7 +116,7 @@ def _scatter(
     add.inputs[slot] = editor.node("ScatterND", stem, [add.inputs[slot], places, value], attrs)
 
 
-def _bypass(add: gs.Node, alone: gs.Variable) -> None:
+def bypass(add: gs.Node, alone: gs.Variable) -> None:
     """Whoever read the sum reads what was added to."""
     y = add.outputs[0]
     for node in consumers(y):

@@ -22,11 +22,14 @@ from regraft_export.graph.cuda.fold_layer_scale import fold_layer_scale
 from regraft_export.graph.cuda.fuse_attention import DOMAIN, fuse_attention
 from regraft_export.graph.cuda.fuse_bias_gelu import fuse_bias_gelu
 from regraft_export.graph.cuda.fuse_skip_norm import fuse_skip_norm
+from regraft_export.graph.cuda.gate_operator import gate_by_operator
 from regraft_export.graph.cuda.leave_whole import leave_whole
 from regraft_export.graph.cuda.maximum import maximum_by_topk
 from regraft_export.graph.cuda.move_value_bias import move_value_bias
 from regraft_export.graph.cuda.patch_matmul import patch_matmul
 from regraft_export.graph.cuda.place_register_row import place_register_row
+from regraft_export.graph.cuda.redirect_operator import DOMAIN as OWN_DOMAIN
+from regraft_export.graph.cuda.redirect_operator import redirect_by_operator
 from regraft_export.graph.cuda.widen_hidden import widen_hidden
 from regraft_export.graph.document import read, write
 from regraft_export.graph.patch import Patch, Traced, Wanted, build
@@ -51,6 +54,8 @@ class Choices:
         biases: key and value biases out of the attention.
         layer_scale: LayerScale folded into weights.
         whole: registers cut off by the copy back, see :mod:`regraft.engines.parts`.
+        operators: regraft's own operators where they fit; the forms above where they do not. The
+            graph then needs their library.
     """
 
     write: str = "residual"
@@ -61,6 +66,7 @@ class Choices:
     biases: bool = True
     layer_scale: bool = True
     whole: bool = True
+    operators: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,13 +152,18 @@ def fuse_built(
     attentions, left = fuse_attention(graph, layout.heads, tokens)
     keys = drop_key_bias(graph) if choices.biases else 0
     values = move_value_bias(graph) if choices.biases else 0
-    placed = _redirect(graph, choices, (tokens, layout.width), shapes)
+    gates = gate_by_operator(graph) if choices.operators else 0
+    own = redirect_by_operator(graph, tokens, layout.width) if choices.operators else 0
+    graph.cleanup()
+    placed = own + _redirect(graph, choices, (tokens, layout.width), shapes)
     parts = leave_whole(graph, tokens) if choices.whole else {}
     gelus = fuse_bias_gelu(graph)
     graph.cleanup()  # what the rewrites above left unread must not count as a reader
     norms = fuse_skip_norm(graph, shapes)
     float32_for_missing_kernels(graph)
-    graph.import_domains = [*(graph.import_domains or []), onnx.helper.make_opsetid(DOMAIN, 1)]
+    domains = [DOMAIN, OWN_DOMAIN] if own + gates else [DOMAIN]
+    imports = [onnx.helper.make_opsetid(domain, 1) for domain in domains]
+    graph.import_domains = [*(graph.import_domains or []), *imports]
     # Shapes that are known are kept: without them ONNX Runtime does not reuse a buffer in place.
     proto = write(graph, shapes_changed=False)
     if parts:
@@ -170,6 +181,7 @@ def fuse_built(
         tokens=entered,
         redirects=placed,
         shape_nodes=_shape_nodes(proto),
+        operators=own + gates,
     )
     return Fused(proto, fusions, left)
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from regraft.engines.base import BuildOptions, BuildProgress, Engine, EngineOptions, Shape
 from regraft.engines.cuda_runtime import Cuda
 from regraft.engines.ort_cuda.one_thread import OneThread
+from regraft.engines.ort_cuda.operators import LIBRARY, compile_library, needs_operators
 from regraft.engines.ort_cuda.runner import Runner
 from regraft.engines.parts import parts_of, shapes_of
 from regraft.errors import EngineError
@@ -79,9 +80,9 @@ class OrtCudaEngine(Engine):
         return None
 
     @classmethod
-    def must_be_built(cls, precision: str) -> bool:
-        """A bf16 graph was verified nowhere: no CPU runs it."""
-        return precision == "bf16"
+    def must_be_built(cls, precision: str, graph: Path) -> bool:
+        """A bf16 graph was verified nowhere: no CPU runs it; and operators must be compiled."""
+        return precision == "bf16" or needs_operators(graph)
 
     @classmethod
     def environment(cls) -> tuple[str, str]:
@@ -99,6 +100,10 @@ class OrtCudaEngine(Engine):
         progress: BuildProgress,
     ) -> dict[str, Any]:
         """Warms the graph up; the verdict of the parity gate is what the cache keeps."""
+        if needs_operators(graph):
+            progress("compiling CUDA operators", 0, 1)
+            compile_library(folder)
+            progress("compiling CUDA operators", 1, 1)
         progress(f"warming {graph.name}", 0, 1)
         with cls(graph, precision, EngineOptions(), folder) as engine:
             pixels = np.zeros((1, 3, *engine.size), np.float32)
@@ -126,7 +131,7 @@ class OrtCudaEngine(Engine):
         cuda = Cuda(engine=self.name)
         stream = cuda.stream()
         try:
-            session = _session(ort, graph, int(stream), options)
+            session = _session(ort, graph, int(stream), options, self._library(graph))
             if PROVIDER not in session.get_providers():
                 hints = " ".join(said.getvalue().split()) or "see the log of onnxruntime"
                 raise EngineError(
@@ -144,6 +149,16 @@ class OrtCudaEngine(Engine):
             session, ort, cuda, stream, {INPUT: (3, *size), **inner}, parts, graphs=options.optimize
         )
         return size, shapes_of(outputs, parts)
+
+    def _library(self, graph: Path) -> Path | None:
+        if not needs_operators(graph):
+            return None
+        if self.built is None:
+            raise EngineError(
+                f"{self.name}: {graph.name} has CUDA operators of regraft's own, which are not "
+                f"compiled; run: regraft build {graph.parent} --engine {self.name} --images DIR"
+            )
+        return self.built / LIBRARY
 
     def _run(
         self, pixels: NDArray[np.float32], outputs: Sequence[str]
@@ -199,8 +214,12 @@ class OrtCudaEngine(Engine):
         return super()._reason(error)
 
 
-def _session(ort: Any, graph: Path, stream: int, options: EngineOptions) -> Any:
+def _session(
+    ort: Any, graph: Path, stream: int, options: EngineOptions, library: Path | None
+) -> Any:
     settings = ort.SessionOptions()
+    if library is not None:
+        settings.register_custom_ops_library(str(library))
     settings.log_severity_level = 3  # errors; its warnings are about its own optimiser
     settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     provider = {

@@ -1,0 +1,103 @@
+// What the operators compute, on a card. Sums are float, whatever the tensors are.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace regraft {
+
+constexpr int kThreads = 256;
+constexpr int kGroup = 16;  // neurons whose maxima one pass over the tokens finds
+constexpr int kWarps = kThreads / 32;
+
+// Largest of `hidden[b, :, neurons]`, times `down`, added to the last token's row of `sum`.
+// A block finds the maxima of its image anew for every 256 columns: that is cheaper than a second
+// kernel. `hidden` (B, T, H), `sum` (B, T, D), `down` (K, D); `group` is a power of two up to
+// `kGroup`: so many neighbouring threads take one token, a neuron each.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+add_redirected(const T* hidden, T* sum, const std::int64_t* neurons, const T* down, int tokens,
+               int width_hidden, int count, int width, int group) {
+  __shared__ float of_warp[kWarps][kGroup];
+  __shared__ float largest[kGroup];
+  const T* of_image = hidden + static_cast<std::int64_t>(blockIdx.y) * tokens * width_hidden;
+  const int column = blockIdx.x * kThreads + threadIdx.x;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float added = 0;
+  for (int first = 0; first < count; first += group) {
+    const int here = min(group, count - first), k = threadIdx.x % group;
+    float most = -INFINITY;
+    if (k < here) {
+      const T* at = of_image + neurons[first + k];
+      const int step = kThreads / group;
+#pragma unroll 4
+      for (int token = threadIdx.x / group; token < tokens; token += step) {
+        most = fmaxf(most, static_cast<float>(at[static_cast<std::int64_t>(token) * width_hidden]));
+      }
+    }
+    for (int offset = group; offset < 32; offset *= 2) {
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, offset));
+    }
+    if (lane < group) of_warp[warp][lane] = most;
+    __syncthreads();
+    if (threadIdx.x < group) {
+      for (int w = 1; w < kWarps; ++w) most = fmaxf(most, of_warp[w][threadIdx.x]);
+      largest[threadIdx.x] = most;
+    }
+    __syncthreads();
+    if (column < width) {
+      for (int j = 0; j < here; ++j) {
+        added += largest[j] * static_cast<float>(down[(first + j) * width + column]);
+      }
+    }
+    __syncthreads();
+  }
+  if (column < width) {
+    T* row = sum + (static_cast<std::int64_t>(blockIdx.y + 1) * tokens - 1) * width;
+    row[column] = static_cast<T>(static_cast<float>(row[column]) + added);
+  }
+}
+
+// `row` (D,) added to the last token's row of `sum` (B, T, D).
+template <typename T>
+__global__ void __launch_bounds__(kThreads) add_row(T* sum, const T* row, int tokens, int width) {
+  const int column = blockIdx.x * kThreads + threadIdx.x;
+  if (column < width) {
+    T* to = sum + (static_cast<std::int64_t>(blockIdx.y + 1) * tokens - 1) * width;
+    to[column] = static_cast<T>(static_cast<float>(to[column]) + static_cast<float>(row[column]));
+  }
+}
+
+template <typename T>
+struct alignas(16) Eight {
+  T of[8];
+};
+
+// `silu(x[:, :H] + b[:H]) * (x[:, H:] + b[H:])`, for x (N, 2H), b (2H,), H a multiple of 8.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+biased_swiglu(const T* x, const T* bias, T* y, std::int64_t eights, int hidden) {
+  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= eights) return;
+  const int per_row = hidden / 8;
+  const std::int64_t row = index / per_row;
+  const int column = static_cast<int>(index - row * per_row) * 8;
+  const T* at = x + row * 2 * hidden + column;
+  const auto gate = *reinterpret_cast<const Eight<T>*>(at);
+  const auto value = *reinterpret_cast<const Eight<T>*>(at + hidden);
+  const auto gate_bias = *reinterpret_cast<const Eight<T>*>(bias + column);
+  const auto value_bias = *reinterpret_cast<const Eight<T>*>(bias + hidden + column);
+  Eight<T> out;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float g = static_cast<float>(gate.of[j]) + static_cast<float>(gate_bias.of[j]);
+    const float v = static_cast<float>(value.of[j]) + static_cast<float>(value_bias.of[j]);
+    out.of[j] = static_cast<T>(g / (1.0f + __expf(-g)) * v);
+  }
+  *reinterpret_cast<Eight<T>*>(y + row * hidden + column) = out;
+}
+
+}  // namespace regraft

@@ -1,0 +1,250 @@
+// regraft's own operators for ONNX Runtime on CUDA; `regraft operators` compiles them.
+//
+// AddRedirected (hidden (B, T, H), residual (B, T, D), neurons (K,) int64, down (K, D)) -> sum
+//   residual, with max over tokens of hidden[:, :, neurons], times down, added to its last token.
+// AddRow (residual (B, T, D), row (D,)) -> sum
+//   residual, with row added to its last token.
+// BiasedSwiGlu (x (B, T, 2H), bias (2H,)) -> y (B, T, H)
+//   silu of the first half, times the second, each with its bias.
+//
+// Each exists as NAME_fp32, NAME_fp16 and NAME_bf16 in the domain `regraft`. The first two work in
+// place where ONNX Runtime lets them, so that they touch one row an image and no more.
+
+#include <algorithm>
+
+#include "kernels.cuh"
+#include "ort_abi.h"
+
+namespace {
+
+using ort::Api;
+using ort::ElementType;
+using ort::KernelContext;
+using ort::Operator;
+using ort::Status;
+
+#define TRY(expression) \
+  if (Status* failed = (expression)) return failed
+
+struct Tensor {
+  void* data = nullptr;
+  std::int64_t lengths[3] = {1, 1, 1};  // of the last axes; those in front are multiplied up
+  std::int64_t size() const { return lengths[0] * lengths[1] * lengths[2]; }
+};
+
+Status* read(const Api* api, const KernelContext* context, std::size_t index, Tensor* out) {
+  const ort::Value* value = nullptr;
+  ort::TensorInfo* info = nullptr;
+  std::int64_t lengths[8];
+  std::size_t rank = 0;
+  TRY(api->input(context, index, &value));
+  TRY(api->data(value, &out->data));
+  TRY(api->info(value, &info));
+  Status* failed = api->rank(info, &rank);
+  if (failed == nullptr && rank > 8) failed = api->error(ort::kFail, "regraft: more than 8 axes");
+  if (failed == nullptr) failed = api->lengths(info, lengths, rank);
+  api->release(info);
+  if (failed != nullptr) return failed;
+  for (std::size_t axis = 0; axis < rank; ++axis) {
+    const std::size_t from_end = rank - 1 - axis;
+    out->lengths[2 - (from_end < 2 ? from_end : 2)] *= lengths[axis];
+  }
+  return nullptr;
+}
+
+Status* write(const Api* api, KernelContext* context, const Tensor& like, std::int64_t last,
+              void** out) {
+  ort::Value* value = nullptr;
+  const std::int64_t lengths[3] = {like.lengths[0], like.lengths[1], last};
+  TRY(api->output(context, 0, lengths, 3, &value));
+  return api->data(value, out);
+}
+
+Status* launched(const Api* api) {
+  const cudaError_t error = cudaPeekAtLastError();
+  return error == cudaSuccess ? nullptr : api->error(ort::kFail, cudaGetErrorString(error));
+}
+
+// What becomes of `residual` before anything is added: nothing where the output is the input.
+Status* in_place(const Api* api, KernelContext* context, const Tensor& residual, std::size_t bytes,
+                 cudaStream_t stream, void** out) {
+  TRY(write(api, context, residual, residual.lengths[2], out));
+  if (*out == residual.data || residual.size() == 0) return nullptr;
+  cudaMemcpyAsync(*out, residual.data, residual.size() * bytes, cudaMemcpyDeviceToDevice, stream);
+  return launched(api);
+}
+
+dim3 rows_of(const Tensor& sum) {
+  const auto columns = (sum.lengths[2] + regraft::kThreads - 1) / regraft::kThreads;
+  return dim3(static_cast<unsigned>(columns), static_cast<unsigned>(sum.lengths[0]));
+}
+
+template <typename T>
+Status* add_redirected(const Api* api, KernelContext* context, cudaStream_t stream) {
+  Tensor hidden, residual, neurons, down;
+  TRY(read(api, context, 0, &hidden));
+  TRY(read(api, context, 1, &residual));
+  TRY(read(api, context, 2, &neurons));
+  TRY(read(api, context, 3, &down));
+  if (hidden.lengths[1] != residual.lengths[1] || down.lengths[2] != residual.lengths[2]) {
+    return api->error(ort::kInvalidArgument, "regraft: AddRedirected got shapes that do not fit");
+  }
+  void* sum = nullptr;
+  TRY(in_place(api, context, residual, sizeof(T), stream, &sum));
+  if (residual.size() == 0) return nullptr;
+  const int count = static_cast<int>(neurons.size());
+  int group = 1;
+  while (group < std::min(count, regraft::kGroup)) group *= 2;
+  regraft::add_redirected<T><<<rows_of(residual), regraft::kThreads, 0, stream>>>(
+      static_cast<const T*>(hidden.data), static_cast<T*>(sum),
+      static_cast<const std::int64_t*>(neurons.data), static_cast<const T*>(down.data),
+      static_cast<int>(hidden.lengths[1]), static_cast<int>(hidden.lengths[2]), count,
+      static_cast<int>(residual.lengths[2]), group);
+  return launched(api);
+}
+
+template <typename T>
+Status* add_row(const Api* api, KernelContext* context, cudaStream_t stream) {
+  Tensor residual, row;
+  TRY(read(api, context, 0, &residual));
+  TRY(read(api, context, 1, &row));
+  if (row.size() != residual.lengths[2]) {
+    return api->error(ort::kInvalidArgument, "regraft: AddRow got shapes that do not fit");
+  }
+  void* sum = nullptr;
+  TRY(in_place(api, context, residual, sizeof(T), stream, &sum));
+  if (residual.size() == 0) return nullptr;
+  regraft::add_row<T><<<rows_of(residual), regraft::kThreads, 0, stream>>>(
+      static_cast<T*>(sum), static_cast<const T*>(row.data), static_cast<int>(residual.lengths[1]),
+      static_cast<int>(residual.lengths[2]));
+  return launched(api);
+}
+
+template <typename T>
+Status* biased_swiglu(const Api* api, KernelContext* context, cudaStream_t stream) {
+  Tensor x, bias;
+  TRY(read(api, context, 0, &x));
+  TRY(read(api, context, 1, &bias));
+  if (bias.size() != x.lengths[2] || x.lengths[2] % 16 != 0) {
+    return api->error(ort::kInvalidArgument, "regraft: BiasedSwiGlu got shapes that do not fit");
+  }
+  void* y = nullptr;
+  TRY(write(api, context, x, x.lengths[2] / 2, &y));
+  const std::int64_t eights = x.size() / 16;
+  if (eights == 0) return nullptr;
+  const auto blocks = static_cast<unsigned>((eights + regraft::kThreads - 1) / regraft::kThreads);
+  regraft::biased_swiglu<T><<<blocks, regraft::kThreads, 0, stream>>>(
+      static_cast<const T*>(x.data), static_cast<const T*>(bias.data), static_cast<T*>(y), eights,
+      static_cast<int>(x.lengths[2] / 2));
+  return launched(api);
+}
+
+using Work = Status* (*)(const Api*, KernelContext*, cudaStream_t);
+
+struct Own : Operator {
+  const char* own_name;
+  ElementType type;
+  std::size_t inputs;
+  Work work;
+};
+
+struct Kernel {
+  const Api* api;
+  Work work;
+};
+
+const Own* own(const Operator* op) { return static_cast<const Own*>(op); }
+
+Status* create(const Operator* op, const Api* api, const ort::KernelInfo*, void** kernel) {
+  *kernel = new Kernel{api, own(op)->work};
+  return nullptr;
+}
+
+Status* compute(void* kernel, KernelContext* context) {
+  const auto* self = static_cast<const Kernel*>(kernel);
+  void* stream = nullptr;
+  TRY(self->api->stream(context, &stream));
+  return self->work(self->api, context, static_cast<cudaStream_t>(stream));
+}
+
+ElementType input_type(const Operator* op, std::size_t index) {
+  return own(op)->inputs == 4 && index == 2 ? ort::kInt64 : own(op)->type;
+}
+
+// The second input of AddRedirected and the first of AddRow is the residual. The callback is not
+// told of which operator it is asked, so there is one for each.
+template <int Input>
+std::size_t may_inplace(int** inputs, int** outputs) {
+  *inputs = new int(Input);
+  *outputs = new int(0);
+  return 1;
+}
+
+Own declare(const char* name, ElementType type, std::size_t inputs, Work work) {
+  Own op{};
+  op.create_kernel_v2 = create;
+  op.compute_v2 = compute;
+  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.name = [](const Operator* self) { return own(self)->own_name; };
+  op.provider = [](const Operator*) { return "CUDAExecutionProvider"; };
+  op.input_type = input_type;
+  op.input_count = [](const Operator* self) { return own(self)->inputs; };
+  op.output_type = [](const Operator* self, std::size_t) { return own(self)->type; };
+  op.output_count = [](const Operator*) -> std::size_t { return 1; };
+  op.input_characteristic = [](const Operator*, std::size_t) { return 0; };  // required
+  op.output_characteristic = [](const Operator*, std::size_t) { return 0; };
+  op.input_memory = [](const Operator*, std::size_t) { return 0; };  // the provider's own
+  op.variadic_input_least = op.variadic_output_least = [](const Operator*) { return 1; };
+  op.variadic_input_alike = op.variadic_output_alike = [](const Operator*) { return 1; };
+  op.first_version = [](const Operator*) { return 1; };
+  op.last_version = [](const Operator*) { return 1; };
+  op.release_may_inplace = [](int* input, int* output) {
+    delete input;
+    delete output;
+  };
+  op.own_name = name;
+  op.type = type;
+  op.inputs = inputs;
+  op.work = work;
+  return op;
+}
+
+Own redirected(const char* name, ElementType type, Work work) {
+  Own op = declare(name, type, 4, work);
+  op.may_inplace = may_inplace<1>;
+  return op;
+}
+
+Own row(const char* name, ElementType type, Work work) {
+  Own op = declare(name, type, 2, work);
+  op.may_inplace = may_inplace<0>;
+  return op;
+}
+
+const Own kOperators[] = {
+    redirected("AddRedirected_fp32", ort::kFloat, add_redirected<float>),
+    redirected("AddRedirected_fp16", ort::kFloat16, add_redirected<__half>),
+    redirected("AddRedirected_bf16", ort::kBfloat16, add_redirected<__nv_bfloat16>),
+    row("AddRow_fp32", ort::kFloat, add_row<float>),
+    row("AddRow_fp16", ort::kFloat16, add_row<__half>),
+    row("AddRow_bf16", ort::kBfloat16, add_row<__nv_bfloat16>),
+    declare("BiasedSwiGlu_fp32", ort::kFloat, 2, biased_swiglu<float>),
+    declare("BiasedSwiGlu_fp16", ort::kFloat16, 2, biased_swiglu<__half>),
+    declare("BiasedSwiGlu_bf16", ort::kBfloat16, 2, biased_swiglu<__nv_bfloat16>),
+};
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) Status* RegisterCustomOps(
+    ort::SessionOptions* options, const ort::ApiBase* base) {
+  const Api* api = base->get(ort::kVersion);
+  if (api == nullptr) {
+    return base->get(1)->error(ort::kFail, "regraft: this ONNX Runtime is older than 1.18");
+  }
+  ort::Domain* domain = nullptr;  // released with the process: sessions may outlive their options
+  TRY(api->create_domain("regraft", &domain));
+  for (const Own& op : kOperators) {
+    TRY(api->add_operator(domain, static_cast<const Operator*>(&op)));
+  }
+  return api->add_domain(options, domain);
+}
