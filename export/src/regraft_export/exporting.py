@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from regraft.bundle import NEURONS, VERIFY, Bundle, record
 from regraft.constants import FILE as CONSTANTS
 from regraft.constants import VARIANTS
+from regraft.engines.ort_cuda.operators import SUFFIX
 from regraft.errors import InputError
 from regraft.files import scratch_folder, whole_folder
 from regraft.manifest import CUDA_GRAPHS, NAME, FileRecord, Manifest
@@ -20,7 +21,8 @@ from regraft.neurons import Neurons
 from regraft.redirect import RedirectOptions
 from regraft.verification import Verification, verify
 from regraft_export.calibration import Calibration, calibrate
-from regraft_export.graph.cuda.fuse import Fused, fuse, prepare, why_not_fused
+from regraft_export.graph.cuda.fuse import Choices, Fused, fuse, prepare, why_not_fused
+from regraft_export.graph.cuda.own_functions import spell_out
 from regraft_export.graph.patch import Built, Patch, Wanted, build
 from regraft_export.outlier_level import OutlierLevel
 from regraft_export.reference import PyTorchReference
@@ -55,6 +57,7 @@ class ExportOptions:
         baseline: whether baseline and probes are written too.
         variant: ``token``, a register runs through the network, or ``kv``, constants in attention
             stand in for it.
+        operators: whether the graphs of ``ort-cuda`` use CUDA operators of regraft's own.
     """
 
     redirect: RedirectOptions = field(default_factory=RedirectOptions)
@@ -63,6 +66,7 @@ class ExportOptions:
     attentions: tuple[int, ...] = ()
     baseline: bool = True
     variant: str = "token"
+    operators: bool = False
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -156,14 +160,14 @@ def export_bundle(
     portable, cuda = tuple(CUDA_GRAPHS), tuple(CUDA_GRAPHS.values())
     with whole_folder(out, marker=NAME, force=force) as folder:
         manifest, added = _write(loaded, vit, neurons, level, folder, options, measured)
-        if options.precision == "fp32":
+        if options.precision == "fp32" and not options.operators:
             verification = check(Bundle(folder, manifest), *portable, *cuda)
         else:
-            # No CPU kernel runs bf16, or the fused operators in fp16: the same rewrites are
-            # verified in float32.
+            # No CPU kernel runs bf16, the fused operators in fp16, or regraft's own: the same
+            # rewrites are verified in float32, own operators by what they stand for.
             with scratch_folder(folder) as twin:
                 exact = replace(options, precision="fp32")
-                fp32, _ = _write(loaded, vit, neurons, level, twin, exact, measured)
+                fp32, _ = _write(loaded, vit, neurons, level, twin, exact, measured, spelled=True)
                 if options.precision == "bf16":
                     verification = check(Bundle(twin, fp32), *portable, *cuda)
                     manifest = replace(manifest, verified=False)
@@ -186,8 +190,12 @@ def _write(
     folder: Path,
     options: ExportOptions,
     calibration: Calibration | None,
+    spelled: bool = False,
 ) -> tuple[Manifest, Mapping[int, int]]:
-    """Writes all files but the manifest, which is returned and lists them."""
+    """Writes all files but the manifest, which is returned and lists them.
+
+    ``spelled``: regraft's own operators come with what they stand for, for a CPU.
+    """
     size = loaded.preprocessing.image_size
     traced = trace(vit, size, options.precision)
     constants = None if calibration is None else calibration.constants
@@ -207,19 +215,23 @@ def _write(
             model = model or built
         missing = "the variant kv has no fused form yet" if constants is not None else ""
         if not missing:
-            prepared = prepare(traced)
+            prepared, choices = prepare(traced), Choices(operators=options.operators)
             for name, cuda in CUDA_GRAPHS.items():
                 if name in plan:
-                    fused[cuda] = fuse(prepared, *plan[name])
+                    fused[cuda] = fuse(prepared, *plan[name], choices)
             missing = why_not_fused(fused["model_cuda"], vit.layout.depth)
         if missing:
             fused.clear()  # no silent half-fusion
+        if options.operators:
+            _expect_operators(fused, missing)
         for name, graph in fused.items():
-            weights.save(graph.proto, FILES[name])
+            if spelled:
+                spell_out(graph.proto)
+            weights.save(graph.proto, _file_of(name, fused))
     assert model is not None  # it comes first
     assert model.sites is not None  # and is patched
     (folder / NEURONS).write_text(_json(neurons.to_json()), encoding="utf-8")
-    graphs = {name: FILES[name] for name in (*plan, *fused)}
+    graphs = {name: _file_of(name, fused) for name in (*plan, *fused)}
     names = [*graphs.values(), WEIGHTS, NEURONS]
     if constants is not None:
         constants.save(folder)
@@ -251,6 +263,23 @@ def _write(
         constants=None if calibration is None else calibration.about,
     )
     return manifest, model.nodes_added
+
+
+def _expect_operators(fused: Mapping[str, Fused], missing: str) -> None:
+    """Refuses a graph that was to have regraft's own operators and has none."""
+    if missing:
+        raise InputError(f"--cuda-operators: there is no graph for ort-cuda: {missing}")
+    if not fused["model_cuda"].fusions.operators:
+        raise InputError(
+            "--cuda-operators: none of them fits: they do one register's strongest values or "
+            "constants, and packed SwiGLU; export without"
+        )
+
+
+def _file_of(name: str, fused: Mapping[str, Fused]) -> str:
+    """A graph's file; of one that needs the library of operators, the name says so."""
+    own = name in fused and fused[name].fusions.operators > 0
+    return FILES[name].replace(".cuda.onnx", SUFFIX) if own else FILES[name]
 
 
 def _json(data: object) -> str:

@@ -66,6 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--precision", choices=_PRECISIONS, default="fp32")
     parser.add_argument(
+        "--cuda-operators",
+        action="store_true",
+        help="let the graphs of ort-cuda use CUDA operators of regraft's own: faster, and `regraft "
+        "build` then compiles them, with nvcc",
+    )
+    parser.add_argument(
         "--no-baseline", action="store_true", help="leave the unpatched model and the probes out"
     )
     parser.add_argument(
@@ -206,6 +212,7 @@ def _options(args: argparse.Namespace) -> Any:
         attentions=args.attentions,
         baseline=not args.no_baseline,
         variant=args.variant,
+        operators=args.cuda_operators,
     )
 
 
@@ -233,6 +240,11 @@ def _summary(out: str, manifest: Manifest, verification: Verification) -> Iterat
     yield from lines(verification)
     if manifest.cuda_missing:
         yield f"ort-cuda: no graph of its own, runs the portable one: {manifest.cuda_missing}"
+    elif manifest.cuda is not None and manifest.cuda.operators:
+        yield (
+            "ort-cuda: its graphs have CUDA operators of regraft's own, verified here by what they "
+            "stand for, in fp32; `regraft build` compiles them and verifies them on the card"
+        )
     elif manifest.precision != "fp32":
         yield (
             "ort-cuda: its graphs were verified in fp32; a CPU has no "

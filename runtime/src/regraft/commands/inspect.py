@@ -120,6 +120,11 @@ def _cuda(manifest: Manifest) -> Iterator[tuple[str, str]]:
         _count(fused.gelus, "GELU"),
     ]
     yield "ort-cuda", f"fused: {', '.join(parts)}; of the patched graph"
+    if fused.operators:
+        yield (
+            "",
+            f"{_count(fused.operators, 'CUDA operator')} of regraft's own, for build to compile",
+        )
     if fused.shape_nodes:
         yield "", f"{_count(fused.shape_nodes, 'Shape node')} left, which runs on the CPU"
 

@@ -152,7 +152,7 @@ def fuse_built(
     attentions, left = fuse_attention(graph, layout.heads, tokens)
     keys = drop_key_bias(graph) if choices.biases else 0
     values = move_value_bias(graph) if choices.biases else 0
-    gates = gate_by_operator(graph) if choices.operators else 0
+    gates = gate_by_operator(graph, tokens) if choices.operators else 0
     own = redirect_by_operator(graph, tokens, layout.width) if choices.operators else 0
     graph.cleanup()
     placed = own + _redirect(graph, choices, (tokens, layout.width), shapes)

@@ -16,8 +16,16 @@ from regraft_export.graph.cuda.redirect_operator import DOMAIN, operator
 from regraft_export.graph.document import consumers
 
 
-def gate_by_operator(graph: gs.Graph) -> int:
-    """Rewrites every such MLP; returns how many."""
+def gate_by_operator(graph: gs.Graph, tokens: int) -> int:
+    """Rewrites every such MLP.
+
+    Args:
+        graph: changed in place.
+        tokens: T + R.
+
+    Returns:
+        How many were rewritten.
+    """
     done = 0
     for index, node in enumerate(graph.nodes):
         found = _packed(node) if node.op == "Mul" else None
@@ -25,6 +33,9 @@ def gate_by_operator(graph: gs.Graph) -> int:
             continue
         product, bias = found
         name, outputs = f"regraft.cuda.{node.name}", list(node.outputs)
+        # No inference knows the operator, and without shapes nothing behind it works in place.
+        outputs[0].shape = ["batch", tokens, len(bias.values) // 2]
+        outputs[0].dtype = product.dtype
         node.inputs, node.outputs = [], []
         graph.nodes[index] = gs.Node(
             operator("BiasedSwiGlu", product), name, {}, [product, bias], outputs, domain=DOMAIN

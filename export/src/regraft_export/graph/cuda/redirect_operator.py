@@ -3,8 +3,8 @@
 ONNX has no operator that takes some columns, their largest values, a product and one row; each of
 the four kernels costs more by being started than by what it does::
 
-    hidden -> Gather -> ReduceMax -> MatMul rows -> Mul onehot -> Add            ... -> Add residual
-    residual -> AddRedirected (hidden, residual, neurons, rows)                  ... -> Add residual
+    hidden -> Gather -> Mul signs -> ReduceMax -> MatMul rows -> Mul onehot -> Add -> Add residual
+    residual -> AddRedirected (hidden, residual, neurons, signs, rows)             -> Add residual
 
 and, with ``value = constant``, whose rows are a bias (T + R, D), ``residual -> AddRow``. Sources:
 ``regraft/engines/ort_cuda/operators`` of the runtime. One register of factor 1 at the end; other
@@ -48,13 +48,13 @@ def redirect_by_operator(graph: gs.Graph, tokens: int, width: int) -> int:
     done = 0
     shape = ["batch", tokens, width]
     for write in list(register_writes(graph)):
-        residual, found = residual_behind(graph, write.add), _strongest(write)
+        residual, found = residual_behind(graph, write.add), _strongest(graph, write)
         last = write.first == tokens - 1 and write.scales.tolist() == [1.0]
         if residual is None or found is None or not last:
             continue
-        hidden, neurons, rows = found
         add, slot = residual
-        inputs = [hidden, add.inputs[slot], neurons, rows]
+        hidden, *constants = found
+        inputs = [hidden, add.inputs[slot], *constants]
         _put(graph, residual, "AddRedirected", f"{write.add.name}.operator", inputs, shape)
         bypass(write.add, write.alone)
         done += 1
@@ -89,29 +89,37 @@ def _put(
     add.inputs[slot] = node
 
 
-def _strongest(write: RegisterWrite) -> tuple[gs.Variable, gs.Constant, gs.Constant] | None:
-    """Hidden units, neurons and their rows, where the row is their largest values' product."""
+def _strongest(graph: gs.Graph, write: RegisterWrite) -> list[gs.Tensor] | None:
+    """Hidden units, neurons, signs and rows, where the row is the largest values' product."""
     product = _maker(write.row, "MatMul")
-    rows = product.inputs[1] if product is not None else None
     most = _maker(product.inputs[0], "ReduceMax") if product is not None else None
-    columns = _maker(most.inputs[0], "Gather") if most is not None else None
-    if most is None or columns is None or not isinstance(rows, gs.Constant):
+    if product is None or most is None or not _over_tokens(most):
         return None
-    axes = most.inputs[1] if len(most.inputs) > 1 else None
-    over_tokens = isinstance(axes, gs.Constant) and axes.values.tolist() == [1]
+    rows, value = product.inputs[1], most.inputs[0]
+    signed = _maker(value, "Mul")
+    signs = next((t for t in signed.inputs if isinstance(t, gs.Constant)), None) if signed else None
+    if signed is not None and signs is not None:
+        value = next(t for t in signed.inputs if t is not signs)
+    columns = _maker(value, "Gather")
+    if columns is None or columns.attrs.get("axis", 0) not in (2, -1):
+        return None
     neurons = columns.inputs[1]
-    plain = (
-        over_tokens
-        and most.attrs.get("keepdims", 1) == 1
-        and columns.attrs.get("axis", 0) in (2, -1)
-        and isinstance(neurons, gs.Constant)
-        and neurons.values.dtype == np.int64
-        and neurons.values.ndim == 1
-        and bool((neurons.values >= 0).all())
-        and rows.values.ndim == 2
-        and len(rows.values) == len(neurons.values)
-    )
-    return (columns.inputs[0], neurons, rows) if plain else None
+    if not isinstance(rows, gs.Constant) or not isinstance(neurons, gs.Constant):
+        return None
+    count = len(rows.values)
+    if signs is None:
+        ones = np.ones(count, dtype_of(columns.inputs[0]))
+        signs = Editor(graph).constant(f"{write.add.name}.operator.signs", ones)
+    fits = neurons.values.shape == signs.values.shape == (count,) and rows.values.ndim == 2
+    if not fits or neurons.values.dtype != np.int64 or (neurons.values < 0).any():
+        return None
+    return [columns.inputs[0], neurons, signs, rows]
+
+
+def _over_tokens(node: gs.Node) -> bool:
+    axes = node.inputs[1] if len(node.inputs) > 1 else None
+    alone = isinstance(axes, gs.Constant) and axes.values.tolist() == [1]
+    return alone and node.attrs.get("keepdims", 1) == 1
 
 
 def _maker(value: gs.Tensor, op: str) -> gs.Node | None:

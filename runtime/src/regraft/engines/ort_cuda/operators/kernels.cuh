@@ -10,32 +10,35 @@
 namespace regraft {
 
 constexpr int kThreads = 256;
-constexpr int kGroup = 16;  // neurons whose maxima one pass over the tokens finds
-constexpr int kWarps = kThreads / 32;
+constexpr int kMost = 1024;  // threads of a block
+constexpr int kGroup = 16;   // neurons whose maxima one pass over the tokens finds
 
-// Largest of `hidden[b, :, neurons]`, times `down`, added to the last token's row of `sum`.
-// A block finds the maxima of its image anew for every 256 columns: that is cheaper than a second
-// kernel. `hidden` (B, T, H), `sum` (B, T, D), `down` (K, D); `group` is a power of two up to
-// `kGroup`: so many neighbouring threads take one token, a neuron each.
+// Largest of `hidden[b, :, neurons] * signs`, times `down`, added to the last token's row of `sum`.
+// A block has an image's every column, or, where D is beyond `kMost`, finds the maxima anew, which
+// is cheaper than a second kernel. `hidden` (B, T, H), `sum` (B, T, D), `down` (K, D); `group` is a
+// power of two up to `kGroup`: so many neighbouring threads take one token, a neuron each. Blocks
+// are whole warps.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-add_redirected(const T* hidden, T* sum, const std::int64_t* neurons, const T* down, int tokens,
-               int width_hidden, int count, int width, int group) {
-  __shared__ float of_warp[kWarps][kGroup];
+__global__ void __launch_bounds__(kMost)
+add_redirected(const T* hidden, T* sum, const std::int64_t* neurons, const T* signs, const T* down,
+               int tokens, int width_hidden, int count, int width, int group) {
+  __shared__ float of_warp[kMost / 32][kGroup];
   __shared__ float largest[kGroup];
   const T* of_image = hidden + static_cast<std::int64_t>(blockIdx.y) * tokens * width_hidden;
-  const int column = blockIdx.x * kThreads + threadIdx.x;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int column = blockIdx.x * blockDim.x + threadIdx.x;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   float added = 0;
   for (int first = 0; first < count; first += group) {
     const int here = min(group, count - first), k = threadIdx.x % group;
     float most = -INFINITY;
     if (k < here) {
       const T* at = of_image + neurons[first + k];
-      const int step = kThreads / group;
+      const float sign = static_cast<float>(signs[first + k]);
+      const int step = blockDim.x / group;
 #pragma unroll 4
       for (int token = threadIdx.x / group; token < tokens; token += step) {
-        most = fmaxf(most, static_cast<float>(at[static_cast<std::int64_t>(token) * width_hidden]));
+        const float value = static_cast<float>(at[static_cast<std::int64_t>(token) * width_hidden]);
+        most = fmaxf(most, sign * value);
       }
     }
     for (int offset = group; offset < 32; offset *= 2) {
@@ -44,11 +47,12 @@ add_redirected(const T* hidden, T* sum, const std::int64_t* neurons, const T* do
     if (lane < group) of_warp[warp][lane] = most;
     __syncthreads();
     if (threadIdx.x < group) {
-      for (int w = 1; w < kWarps; ++w) most = fmaxf(most, of_warp[w][threadIdx.x]);
+      for (int w = 1; w < warps; ++w) most = fmaxf(most, of_warp[w][threadIdx.x]);
       largest[threadIdx.x] = most;
     }
     __syncthreads();
     if (column < width) {
+#pragma unroll 4
       for (int j = 0; j < here; ++j) {
         added += largest[j] * static_cast<float>(down[(first + j) * width + column]);
       }
@@ -64,7 +68,7 @@ add_redirected(const T* hidden, T* sum, const std::int64_t* neurons, const T* do
 // `row` (D,) added to the last token's row of `sum` (B, T, D).
 template <typename T>
 __global__ void __launch_bounds__(kThreads) add_row(T* sum, const T* row, int tokens, int width) {
-  const int column = blockIdx.x * kThreads + threadIdx.x;
+  const int column = blockIdx.x * blockDim.x + threadIdx.x;
   if (column < width) {
     T* to = sum + (static_cast<std::int64_t>(blockIdx.y + 1) * tokens - 1) * width;
     to[column] = static_cast<T>(static_cast<float>(to[column]) + static_cast<float>(row[column]));

@@ -1,7 +1,8 @@
 // regraft's own operators for ONNX Runtime on CUDA; `regraft operators` compiles them.
 //
-// AddRedirected (hidden (B, T, H), residual (B, T, D), neurons (K,) int64, down (K, D)) -> sum
-//   residual, with max over tokens of hidden[:, :, neurons], times down, added to its last token.
+// AddRedirected (hidden (B, T, H), residual (B, T, D), neurons (K,) int64, signs (K,), down (K, D))
+//   -> sum: residual, with max over tokens of hidden[:, :, neurons] * signs, times down, added to its
+//   last token.
 // AddRow (residual (B, T, D), row (D,)) -> sum
 //   residual, with row added to its last token.
 // BiasedSwiGlu (x (B, T, 2H), bias (2H,)) -> y (B, T, H)
@@ -74,19 +75,30 @@ Status* in_place(const Api* api, KernelContext* context, const Tensor& residual,
   return launched(api);
 }
 
-dim3 rows_of(const Tensor& sum) {
-  const auto columns = (sum.lengths[2] + regraft::kThreads - 1) / regraft::kThreads;
-  return dim3(static_cast<unsigned>(columns), static_cast<unsigned>(sum.lengths[0]));
-}
+std::int64_t divided_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Blocks of whole warps that have a thread for every column of every image.
+struct Blocks {
+  dim3 grid;
+  unsigned threads;
+
+  Blocks(const Tensor& sum, int most)
+      : grid(static_cast<unsigned>(divided_up(sum.lengths[2], most)),
+             static_cast<unsigned>(sum.lengths[0])),
+        threads(static_cast<unsigned>(divided_up(divided_up(sum.lengths[2], grid.x), 32) * 32)) {}
+};
 
 template <typename T>
 Status* add_redirected(const Api* api, KernelContext* context, cudaStream_t stream) {
-  Tensor hidden, residual, neurons, down;
+  Tensor hidden, residual, neurons, signs, down;
   TRY(read(api, context, 0, &hidden));
   TRY(read(api, context, 1, &residual));
   TRY(read(api, context, 2, &neurons));
-  TRY(read(api, context, 3, &down));
-  if (hidden.lengths[1] != residual.lengths[1] || down.lengths[2] != residual.lengths[2]) {
+  TRY(read(api, context, 3, &signs));
+  TRY(read(api, context, 4, &down));
+  if (hidden.lengths[1] != residual.lengths[1] || down.lengths[2] != residual.lengths[2] ||
+      hidden.lengths[0] != residual.lengths[0] || signs.size() != neurons.size() ||
+      down.size() != neurons.size() * residual.lengths[2]) {
     return api->error(ort::kInvalidArgument, "regraft: AddRedirected got shapes that do not fit");
   }
   void* sum = nullptr;
@@ -95,10 +107,11 @@ Status* add_redirected(const Api* api, KernelContext* context, cudaStream_t stre
   const int count = static_cast<int>(neurons.size());
   int group = 1;
   while (group < std::min(count, regraft::kGroup)) group *= 2;
-  regraft::add_redirected<T><<<rows_of(residual), regraft::kThreads, 0, stream>>>(
+  const Blocks blocks(residual, regraft::kMost);
+  regraft::add_redirected<T><<<blocks.grid, blocks.threads, 0, stream>>>(
       static_cast<const T*>(hidden.data), static_cast<T*>(sum),
-      static_cast<const std::int64_t*>(neurons.data), static_cast<const T*>(down.data),
-      static_cast<int>(hidden.lengths[1]), static_cast<int>(hidden.lengths[2]), count,
+      static_cast<const std::int64_t*>(neurons.data), static_cast<const T*>(signs.data),
+      static_cast<const T*>(down.data), static_cast<int>(hidden.lengths[1]), static_cast<int>(hidden.lengths[2]), count,
       static_cast<int>(residual.lengths[2]), group);
   return launched(api);
 }
@@ -114,7 +127,8 @@ Status* add_row(const Api* api, KernelContext* context, cudaStream_t stream) {
   void* sum = nullptr;
   TRY(in_place(api, context, residual, sizeof(T), stream, &sum));
   if (residual.size() == 0) return nullptr;
-  regraft::add_row<T><<<rows_of(residual), regraft::kThreads, 0, stream>>>(
+  const Blocks blocks(residual, regraft::kThreads);
+  regraft::add_row<T><<<blocks.grid, blocks.threads, 0, stream>>>(
       static_cast<T*>(sum), static_cast<const T*>(row.data), static_cast<int>(residual.lengths[1]),
       static_cast<int>(residual.lengths[2]));
   return launched(api);
@@ -132,7 +146,7 @@ Status* biased_swiglu(const Api* api, KernelContext* context, cudaStream_t strea
   TRY(write(api, context, x, x.lengths[2] / 2, &y));
   const std::int64_t eights = x.size() / 16;
   if (eights == 0) return nullptr;
-  const auto blocks = static_cast<unsigned>((eights + regraft::kThreads - 1) / regraft::kThreads);
+  const auto blocks = static_cast<unsigned>(divided_up(eights, regraft::kThreads));
   regraft::biased_swiglu<T><<<blocks, regraft::kThreads, 0, stream>>>(
       static_cast<const T*>(x.data), static_cast<const T*>(bias.data), static_cast<T*>(y), eights,
       static_cast<int>(x.lengths[2] / 2));
@@ -168,7 +182,7 @@ Status* compute(void* kernel, KernelContext* context) {
 }
 
 ElementType input_type(const Operator* op, std::size_t index) {
-  return own(op)->inputs == 4 && index == 2 ? ort::kInt64 : own(op)->type;
+  return own(op)->inputs == 5 && index == 2 ? ort::kInt64 : own(op)->type;
 }
 
 // The second input of AddRedirected and the first of AddRow is the residual. The callback is not
@@ -210,7 +224,7 @@ Own declare(const char* name, ElementType type, std::size_t inputs, Work work) {
 }
 
 Own redirected(const char* name, ElementType type, Work work) {
-  Own op = declare(name, type, 4, work);
+  Own op = declare(name, type, 5, work);
   op.may_inplace = may_inplace<1>;
   return op;
 }

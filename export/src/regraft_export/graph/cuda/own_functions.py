@@ -1,0 +1,54 @@
+"""What regraft's own operators stand for, as ONNX functions.
+
+No CPU has kernels for them. With these functions in the file, ONNX Runtime puts the nodes that they
+stand for in their place, so that a graph with operators can be verified anywhere.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx.parser
+
+from regraft_export.graph.cuda.redirect_operator import DOMAIN, SUFFIXES
+
+_LAST_ROW = """
+    one = Constant <value_ints = [1]> ()
+    last = Constant <value_ints = [-1]> ()
+    first = Constant <value_ints = [0]> ()
+    end = Constant <value_ints = [9223372036854775807]> ()
+    others = Slice (residual, first, last, one)
+    old = Slice (residual, last, end, one)
+    new = Add (old, added)
+    sum = Concat <axis = 1> (others, new)
+"""
+_BODIES = {
+    "AddRedirected": (
+        "(hidden, residual, neurons, signs, down) => (sum)",
+        "axes = Constant <value_ints = [1]> ()\n"
+        "columns = Gather <axis = 2> (hidden, neurons)\n"
+        "signed = Mul (columns, signs)\n"
+        "most = ReduceMax (signed, axes)\n"
+        "added = MatMul (most, down)\n" + _LAST_ROW,
+    ),
+    "AddRow": ("(residual, row) => (sum)", "added = Identity (row)\n" + _LAST_ROW),
+    "BiasedSwiGlu": (
+        "(x, bias) => (y)",
+        "whole = Add (x, bias)\n"
+        "gate, value = Split <axis = -1, num_outputs = 2> (whole)\n"
+        "part = Sigmoid (gate)\n"
+        "open = Mul (gate, part)\n"
+        "y = Mul (open, value)\n",
+    ),
+}
+
+
+def spell_out(proto: onnx.ModelProto) -> None:
+    """Adds the functions of all operators in a graph; changes it in place."""
+    opset = next(entry.version for entry in proto.opset_import if not entry.domain)
+    used = {node.op_type for node in proto.graph.node if node.domain == DOMAIN}
+    for name, (ports, body) in _BODIES.items():
+        for suffix in SUFFIXES.values():
+            if f"{name}_{suffix}" in used:
+                head = f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">'
+                text = f"{head}\n{name}_{suffix} {ports}\n{{\n{body}\n}}"
+                proto.functions.append(onnx.parser.parse_function(text))
