@@ -1,19 +1,22 @@
-"""Rewrite: biases, Split, SiLU and product of a packed SwiGLU are one node of regraft's own.
+"""Rewrite: biases, SiLU and product of a SwiGLU are one node of regraft's own.
 
 ONNX Runtime has no kernel for them together, and passes over (B, T, 2 H) again and again: 13 passes
 over (B, T, H) where three do::
 
-    x -> Add bias -> Split -> gate, value;  gate * Sigmoid (gate) * value
-    x -> BiasedSwiGlu (x, bias)
+    x -> MatMul -> Add bias -> Split -> gate, value;  gate * Sigmoid (gate) * value
+    x -> MatMul -> BiasedSwiGlu (., bias)
+
+Where gate and value come from two products of the same x, their weights become one.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from regraft_export.graph.cuda.drop_key_bias import biased_product
 from regraft_export.graph.cuda.redirect_operator import DOMAIN, operator
-from regraft_export.graph.document import consumers
+from regraft_export.graph.document import Editor, consumers
 
 
 def gate_by_operator(graph: gs.Graph, tokens: int) -> int:
@@ -27,46 +30,34 @@ def gate_by_operator(graph: gs.Graph, tokens: int) -> int:
         How many were rewritten.
     """
     done = 0
-    for index, node in enumerate(graph.nodes):
-        found = _packed(node) if node.op == "Mul" else None
+    for node in [n for n in graph.nodes if n.op == "Mul"]:
+        halves = _halves(node)
+        found = None if halves is None else (_packed(*halves) or _pack(graph, *halves))
         if found is None:
             continue
         product, bias = found
         name, outputs = f"regraft.cuda.{node.name}", list(node.outputs)
         # No inference knows the operator, and without shapes nothing behind it works in place.
         outputs[0].shape = ["batch", tokens, len(bias.values) // 2]
-        outputs[0].dtype = product.dtype
+        outputs[0].dtype = outputs[0].dtype or bias.values.dtype
         node.inputs, node.outputs = [], []
-        graph.nodes[index] = gs.Node(
-            operator("BiasedSwiGlu", product), name, {}, [product, bias], outputs, domain=DOMAIN
+        graph.nodes[graph.nodes.index(node)] = gs.Node(
+            operator("BiasedSwiGlu", bias), name, {}, [product, bias], outputs, domain=DOMAIN
         )
         done += 1
     return done
 
 
-def _packed(product: gs.Node) -> tuple[gs.Variable, gs.Constant] | None:
-    """What the gated product's Split cuts, without its bias, and the bias."""
+def _halves(product: gs.Node) -> tuple[gs.Variable, gs.Variable] | None:
+    """Gate and value of ``SiLU (gate) * value``, if nobody else reads them."""
     for slot in (0, 1):
-        gate = _gate(product.inputs[slot])
-        value = product.inputs[1 - slot]
-        if gate is None or not value.inputs or len(consumers(product.inputs[slot])) != 1:
+        opened, value = product.inputs[slot], product.inputs[1 - slot]
+        gate = _gate(opened)
+        if gate is None or not isinstance(value, gs.Variable) or value is gate:
             continue
-        split = value.inputs[0]
-        halves = split.outputs if split.op == "Split" else []
-        if len(halves) != 2 or halves[0] is not gate or halves[1] is not value:
-            continue
-        alone = len(consumers(gate)) == 2 and len(consumers(value)) == 1
-        found = biased_product(split.inputs[0])
-        if not alone or found is None or len(consumers(split.inputs[0])) != 1:
-            continue
-        wide, bias = found
-        length = bias.values.shape[-1]
-        sizes = split.inputs[1] if len(split.inputs) > 1 else None
-        even = sizes is None or (
-            isinstance(sizes, gs.Constant) and sizes.values.tolist() == [length // 2] * 2
-        )
-        if even and split.attrs.get("axis", 0) in (2, -1) and length % 16 == 0:
-            return wide, bias
+        readers = (len(consumers(t)) for t in (opened, gate, value))
+        if tuple(readers) == (1, 2, 1):
+            return gate, value
     return None
 
 
@@ -82,3 +73,41 @@ def _gate(value: gs.Tensor) -> gs.Variable | None:
             single = len(consumers(other)) == 1 and isinstance(x, gs.Variable)
             return x if single else None
     return None
+
+
+def _packed(gate: gs.Variable, value: gs.Variable) -> tuple[gs.Variable, gs.Constant] | None:
+    """The product whose Split gives both halves, gate first, and its bias."""
+    split = gate.inputs[0] if gate.inputs else None
+    if split is None or split.op != "Split" or split.attrs.get("axis", 0) not in (2, -1):
+        return None
+    if len(split.outputs) != 2 or split.outputs[0] is not gate or split.outputs[1] is not value:
+        return None
+    found = biased_product(split.inputs[0])
+    if found is None or len(consumers(split.inputs[0])) != 1:
+        return None
+    length = len(found[1].values)
+    sizes = split.inputs[1] if len(split.inputs) > 1 else None
+    even = sizes is None or (
+        isinstance(sizes, gs.Constant) and sizes.values.tolist() == [length // 2] * 2
+    )
+    return found if even and length % 16 == 0 else None
+
+
+def _pack(
+    graph: gs.Graph, gate: gs.Variable, value: gs.Variable
+) -> tuple[gs.Variable, gs.Constant] | None:
+    """One product for two of the same tensor, and their biases in one."""
+    first, second = biased_product(gate), biased_product(value)
+    if first is None or second is None:
+        return None
+    if any(len(consumers(product)) != 1 for product, _ in (first, second)):
+        return None
+    a, b = first[0].inputs[0], second[0].inputs[0]
+    weights, biases = (a.inputs[1].values, b.inputs[1].values), (first[1].values, second[1].values)
+    same = a.inputs[0] is b.inputs[0] and weights[0].shape == weights[1].shape
+    if not same or len(biases[0]) != len(biases[1]) or len(biases[0]) % 8:
+        return None
+    editor, stem = Editor(graph), f"regraft.cuda.{a.name}"
+    weight = editor.constant(f"{stem}.weight", np.concatenate(weights, axis=1))
+    bias = editor.constant(f"{stem}.bias", np.concatenate(biases))
+    return editor.node("MatMul", stem, [a.inputs[0], weight], dtype=first[0].dtype), bias

@@ -22,16 +22,16 @@ from regraft_export.graph.cuda.register_write import (
     constant_writes,
     register_writes,
 )
-from regraft_export.graph.document import Editor, dtype_of
+from regraft_export.graph.document import Editor
 
 DOMAIN = "regraft"
 # Names of the operators end in what their tensors are.
 SUFFIXES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-def operator(name: str, value: gs.Tensor) -> str:
-    """The operator for tensors of this dtype."""
-    return f"{name}_{SUFFIXES[dtype_of(value).name]}"
+def operator(name: str, weight: gs.Constant) -> str:
+    """The operator for tensors of a weight's dtype."""
+    return f"{name}_{SUFFIXES[weight.values.dtype.name]}"
 
 
 def redirect_by_operator(graph: gs.Graph, tokens: int, width: int) -> int:
@@ -62,7 +62,8 @@ def redirect_by_operator(graph: gs.Graph, tokens: int, width: int) -> int:
         residual = residual_behind(graph, constant.add)
         if residual is None or constant.first != tokens - 1:
             continue
-        dtype = dtype_of(constant.product)
+        old = next(t for t in constant.add.inputs if isinstance(t, gs.Constant))
+        dtype = old.values.dtype
         editor, stem = Editor(graph), f"{constant.add.name}.operator"
         row = editor.constant(f"{stem}.row", constant.rows[0].astype(dtype))
         add, slot = residual
@@ -83,9 +84,9 @@ def _put(
 ) -> None:
     """What the residual's Add reads in the residual's slot is what the operator made of it."""
     add, slot = residual
-    old = add.inputs[slot]
-    node = Editor(graph).node(operator(name, old), stem, inputs, domain=DOMAIN)
-    node.dtype, node.shape = old.dtype, shape
+    dtype = add.inputs[slot].dtype or inputs[-1].values.dtype
+    node = Editor(graph).node(operator(name, inputs[-1]), stem, inputs, dtype=dtype, domain=DOMAIN)
+    node.shape = shape
     add.inputs[slot] = node
 
 
@@ -108,7 +109,7 @@ def _strongest(graph: gs.Graph, write: RegisterWrite) -> list[gs.Tensor] | None:
         return None
     count = len(rows.values)
     if signs is None:
-        ones = np.ones(count, dtype_of(columns.inputs[0]))
+        ones = np.ones(count, rows.values.dtype)
         signs = Editor(graph).constant(f"{write.add.name}.operator.signs", ones)
     fits = neurons.values.shape == signs.values.shape == (count,) and rows.values.ndim == 2
     if not fits or neurons.values.dtype != np.int64 or (neurons.values < 0).any():
