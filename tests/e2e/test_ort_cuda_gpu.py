@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
 from numpy.typing import NDArray
 from tests.support import bundles, graphs, models, pictures
@@ -16,11 +19,12 @@ from regraft.building import build, plan
 from regraft.bundle import Bundle
 from regraft.engines import Engine, EngineOptions, open_engine
 from regraft.engines.cuda_runtime import Cuda
+from regraft.engines.ort_cuda.operators import SUFFIX, compile_library, needs_operators
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft.parity import LIMITS, Meter
 from regraft.redirect import RedirectOptions
 from regraft_export.exporting import ExportOptions
-from regraft_export.graph.cuda.fuse import fuse, prepare
+from regraft_export.graph.cuda.fuse import Choices, fuse, prepare
 from regraft_export.graph.patch import Patch, Wanted
 from regraft_export.reference import PyTorchReference
 from regraft_export.trace import trace
@@ -38,17 +42,21 @@ def reference() -> PyTorchReference:
     return PyTorchReference(bundles.vit(), bundles.found(), OPTIONS.redirect)
 
 
-@pytest.fixture(params=["fp32", "fp16", "bf16"])
+@pytest.fixture(
+    params=[(kind, own) for kind in ("fp32", "fp16", "bf16") for own in (False, True)],
+    ids=lambda param: f"{param[0]}{' operators' if param[1] else ''}",
+)
 def built(request: pytest.FixtureRequest, tmp_path: Path) -> Bundle:
     """A bundle whose graphs for CUDA passed their gate on this machine."""
-    options = ExportOptions(layers=(1, 3), attentions=(2,), precision=request.param)
+    precision, own = request.param
+    options = ExportOptions(layers=(1, 3), attentions=(2,), precision=precision, operators=own)
     bundles.export(tmp_path / "bundle", options)
     bundle = Bundle.open(tmp_path / "bundle")
     planned = plan(bundle, "ort-cuda", {})
     found, reports = build(bundle, planned, bundles.batches(), reference())
     assert found.passed
     assert {report["graph"] for report in reports.values()} == {
-        "model.cuda.onnx",
+        "model.operators.cuda.onnx" if own else "model.cuda.onnx",
         "baseline.cuda.onnx",
     }
     return bundle
@@ -82,16 +90,17 @@ def test_changing_batches_give_the_references_features(
     opened: Opened, built: Bundle, graphs: bool
 ) -> None:
     with opened(graphs) as engine:
-        assert engine.details()["graph"] == "model.cuda.onnx"
+        assert engine.details()["graph"].endswith(".cuda.onnx")
         for count in (1, 5, 12, 2, 64, 67, 1, 7):
             pixels = pictures.pixels(count, bundles.SIZE)
             right = reference().run("model", pixels, list(engine.outputs))
             assert_equal(engine.run(pixels), right, built.manifest.precision)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("own", [False, True], ids=["", "operators"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "open_clip"])
-def test_every_family_equals_the_cpu(name: str, precision: str, tmp_path: Path) -> None:
+def test_every_family_equals_the_cpu(name: str, precision: str, own: bool, tmp_path: Path) -> None:
     family = SMALL[name]
     size = (family.size, family.size)
     vit = from_module(models.livened(family.visual(planted_module(family))).eval(), size)
@@ -102,9 +111,14 @@ def test_every_family_equals_the_cpu(name: str, precision: str, tmp_path: Path) 
         right = graphs.run_whole(
             fuse(exact, patch, Wanted()).proto, {"pixel_values": pixels}, optimize=False
         )
-        file = tmp_path / "model.cuda.onnx"
-        file.write_bytes(fuse(traced, patch, Wanted()).proto.SerializeToString())
-        with open_engine(file, "ort-cuda", precision=precision) as engine:
+        fused = fuse(traced, patch, Wanted(), Choices(operators=own))
+        file = tmp_path / f"model{SUFFIX if fused.fusions.operators else '.cuda.onnx'}"
+        file.write_bytes(fused.proto.SerializeToString())
+        if needs_operators(file):
+            compile_library(tmp_path)
+        elif own:
+            continue  # the same as without
+        with open_engine(file, "ort-cuda", precision=precision, built=tmp_path) as engine:
             for _ in range(3):  # as it is, recorded, replayed
                 assert_equal(engine.run(pixels), right, precision)
 
@@ -152,3 +166,62 @@ def test_a_thousand_runs_take_no_more_memory(opened: Opened) -> None:
         for turn in range(1000):
             engine.run(batches[turn % len(batches)])
         assert cuda.call("cudaMemGetInfo")[0] >= free - (1 << 20)
+
+
+@pytest.mark.parametrize("kind", ["float", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "hidden", "neurons", "width"),
+    [(1, 197, 3072, 4, 768), (3, 1371, 4096, 1, 1536), (65, 5, 64, 33, 40), (2, 50, 384, 17, 1104)],
+)
+def test_operators_of_any_size(
+    kind: str, batch: int, tokens: int, hidden: int, neurons: int, width: int, tmp_path: Path
+) -> None:
+    """Against numpy, in place and not (the residual is an output, too)."""
+    suffix = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16"}[kind]
+    rng = np.random.default_rng(tokens)
+    number = {"float": 1, "float16": 10, "bfloat16": 16}[kind]
+    nodes = f"""a = Cast<to = {number}>(h) b = Cast<to = {number}>(r) s = Cast<to = {number}>(signs)
+    d = Cast<to = {number}>(down) c = Cast<to = {number}>(bias) twice = Add(b, b)
+    one = regraft.AddRedirected_{suffix}(a, twice, n, s, d) two = regraft.AddRow_{suffix}(one, c)
+    other = regraft.AddRow_{suffix}(b, c) back = Add(b, other)
+    x = Concat<axis = 2>(b, b) cc = Concat<axis = 0>(c, c) z = regraft.BiasedSwiGlu_{suffix}(x, cc)
+    y = Cast<to = 1>(two) u = Cast<to = 1>(back) w = Cast<to = 1>(z)"""
+    shape = f"float[b, {tokens}, {width}]"
+    proto = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["" : 20, "regraft" : 1]>
+        g (float[b, {tokens}, {hidden}] h, {shape} r) => ({shape} y, {shape} u, {shape} w)
+        {{ {nodes} }}"""
+    )
+    h, r, signs, down, bias = (
+        rng.integers(-8, 9, size).astype(np.float32) / 8  # exact in all types
+        for size in (
+            (batch, tokens, hidden),
+            (batch, tokens, width),
+            neurons,
+            (neurons, width),
+            width,
+        )
+    )
+    signs = np.where(signs < 0, -1, 1).astype(np.float32)
+    chosen = rng.integers(hidden, size=neurons)
+    for name, value in (("n", chosen), ("signs", signs), ("down", down), ("bias", bias)):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    ort = importlib.import_module("onnxruntime")
+    ort.preload_dlls()
+    settings = ort.SessionOptions()
+    settings.register_custom_ops_library(str(compile_library(tmp_path)))
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(
+        proto.SerializeToString(), settings, providers=["CUDAExecutionProvider"]
+    )
+    y, u, w = session.run(["y", "u", "w"], {"h": h, "r": r})
+    right, plus = 2 * r, 2 * r
+    right[:, -1] += (h[:, :, chosen] * signs).max(axis=1) @ down + bias
+    plus[:, -1] += bias
+    opened = r + bias
+    limit = {"float": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}[kind]
+    np.testing.assert_allclose(y, right, rtol=limit, atol=limit)
+    np.testing.assert_allclose(u, plus, rtol=limit, atol=limit)
+    np.testing.assert_allclose(
+        w, opened / (1 + np.exp(-opened)) * opened, rtol=2 * limit, atol=2 * limit
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -37,6 +38,17 @@ class Binding:
     ) -> None:
         assert (device, number, kind) == ("cuda", 0, np.float32)
         self.outputs[name] = (tuple(shape), address)
+
+
+class Settings(real.SessionOptions):  # type: ignore[misc]
+    """``SessionOptions`` that remember which libraries of operators they were given."""
+
+    libraries: tuple[str, ...] = ()
+
+    def register_custom_ops_library(self, path: str) -> None:
+        if not Path(path).read_bytes():
+            raise RuntimeError(f"Failed to load library {path}")
+        self.libraries = (*self.libraries, path)
 
 
 class Session:
@@ -113,7 +125,7 @@ class Module(ModuleType):
         self.available = [CUDA, "CPUExecutionProvider"]
         self.refusal = self.failure = ""
         self.sessions: list[Session] = []
-        self.InferenceSession = self._open
+        self.InferenceSession, self.SessionOptions = self._open, Settings
         self.get_available_providers = lambda: self.available
         self.preload_dlls = self._preload
 

@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import onnx
@@ -16,7 +15,7 @@ import onnxruntime as real
 import pytest
 from numpy.typing import NDArray
 from tests.support import fake_onnxruntime
-from tests.support.fake_tensorrt import Cudart, Status
+from tests.support.fake_tensorrt import Status
 
 from regraft.engines import EngineOptions, open_engine, parts
 from regraft.engines.ort_cuda.runner import LARGEST
@@ -24,17 +23,6 @@ from regraft.errors import EngineError, ImageError
 from regraft.extractor import Extractor
 
 Fake = fake_onnxruntime.Module
-
-
-@pytest.fixture
-def ort(monkeypatch: pytest.MonkeyPatch) -> Fake:
-    """A machine with a card and onnxruntime-gpu."""
-    module = Fake(Cudart())
-    for name in ("cuda", "cuda.bindings"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", module.cudart)
-    monkeypatch.setitem(sys.modules, "onnxruntime", module)
-    return module
 
 
 @pytest.fixture

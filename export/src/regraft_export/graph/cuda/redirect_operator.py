@@ -46,7 +46,7 @@ def redirect_by_operator(graph: gs.Graph, tokens: int, width: int) -> int:
         How many were rewritten.
     """
     done = 0
-    shape = ["batch", tokens, width]
+    shape: list[int | str] = ["batch", tokens, width]
     for write in list(register_writes(graph)):
         residual, found = residual_behind(graph, write.add), _strongest(graph, write)
         last = write.first == tokens - 1 and write.scales.tolist() == [1.0]

@@ -1,0 +1,143 @@
+"""regraft's own CUDA operators: compiled by `build`, kept with its verdict, loaded from there.
+
+Their kernels run in `make test-gpu`; whether ONNX Runtime takes the library is tested here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import onnx.parser
+import onnxruntime
+import pytest
+from tests.support import fake_onnxruntime
+
+from regraft.engines import EngineOptions, open_engine
+from regraft.engines.ort_cuda.engine import OrtCudaEngine
+from regraft.engines.ort_cuda.operators import LIBRARY, SUFFIX, compile_library, find_nvcc
+from regraft.errors import EngineError
+
+Fake = fake_onnxruntime.Module
+Compiler = Callable[[str], Path]
+
+
+@pytest.fixture
+def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    """``nvcc(script)``: a compiler that does this; ``$out`` is the library."""
+
+    def make(script: str) -> Path:
+        file = tmp_path / "nvcc"
+        head = (
+            '#!/bin/sh\nfor word; do case "$last" in -o) out="$word";; esac; last="$word"; done\n'
+        )
+        file.write_text(f"{head}{script}\n")
+        file.chmod(0o755)
+        monkeypatch.setenv("NVCC", str(file))
+        return file
+
+    return make
+
+
+@pytest.fixture
+def graph(pristine_bundle: Path) -> Path:
+    """A graph that says that it needs the operators, beside its weights."""
+    file = pristine_bundle / f"model{SUFFIX}"
+    shutil.copy(pristine_bundle / "model.onnx", file)
+    return file
+
+
+def test_a_graph_with_operators_has_to_be_built(ort: Fake, graph: Path) -> None:
+    with pytest.raises(EngineError, match=r"was not built in fp32.*regraft build"):
+        open_engine(graph, "ort-cuda")
+    with pytest.raises(EngineError, match=r"not compiled; run: regraft build"):
+        OrtCudaEngine(graph, "fp32", EngineOptions())
+    assert ort.cudart.live == 0
+
+
+def test_a_build_compiles_them_and_they_are_loaded_from_it(
+    ort: Fake, graph: Path, nvcc: Compiler, tmp_path: Path
+) -> None:
+    nvcc('echo library > "$out"; echo "$@" > "$0.words"')
+    steps: list[str] = []
+    folder = tmp_path / "entry"
+    folder.mkdir()
+    OrtCudaEngine.build(graph, "fp32", {}, folder, lambda what, *_: steps.append(what))
+    assert steps[0] == "compiling CUDA operators"
+    words = (tmp_path / "nvcc.words").read_text().split()
+    source = next(Path(word) for word in words if word.endswith(".cu"))
+    assert source.exists()
+    assert "arch=compute_90,code=[sm_90,compute_90]" in words
+    with open_engine(graph, "ort-cuda", built=folder) as engine:
+        assert engine.outputs
+    assert [s.settings.libraries for s in ort.sessions] == [(str(folder / LIBRARY),)] * 2
+    (folder / LIBRARY).write_bytes(b"")
+    with pytest.raises(EngineError, match="Failed to load library"):
+        open_engine(graph, "ort-cuda", built=folder)
+
+
+def test_other_graphs_need_no_library(ort: Fake, graph: Path) -> None:
+    with open_engine(graph.with_name("model.onnx"), "ort-cuda"):
+        assert ort.sessions[0].settings.libraries == ()
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ('echo "kernels.cuh(3): error: no such thing" >&2; exit 1', "error: no such thing"),
+        ("exit 3", "it says nothing"),
+        ("exit 0", "it says nothing"),  # and wrote nothing
+    ],
+)
+def test_what_the_compiler_says_is_passed_on(
+    nvcc: Compiler, tmp_path: Path, script: str, said: str
+) -> None:
+    nvcc(script)
+    with pytest.raises(EngineError, match=f"failed to compile the CUDA operators: .*{said}"):
+        compile_library(tmp_path)
+
+
+def test_without_a_compiler_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NVCC", str(tmp_path / "nowhere"))
+    with pytest.raises(EngineError, match=r"nowhere cannot be run \(No such file"):
+        compile_library(tmp_path)
+    monkeypatch.setattr("regraft.engines.ort_cuda.operators.find_nvcc", lambda: None)
+    with pytest.raises(EngineError, match=r"no nvcc.*set NVCC.*without --cuda-operators"):
+        compile_library(tmp_path)
+
+
+def test_nvcc_is_looked_for_where_cuda_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("NVCC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "bin").mkdir()
+    own = tmp_path / "bin" / "nvcc"
+    own.write_text("")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert find_nvcc() == str(own)
+
+
+@pytest.mark.slow
+def test_onnxruntime_takes_the_library(tmp_path: Path) -> None:
+    if find_nvcc() is None:
+        pytest.skip("no nvcc here")
+    library = compile_library(tmp_path)
+    for kind, numbers in (("float", "fp32"), ("float16", "fp16"), ("bfloat16", "bf16")):
+        proto = onnx.parser.parse_model(
+            f"""<ir_version: 10, opset_import: ["" : 20, "regraft" : 1]>
+            g ({kind}[b, 5, 16] h, {kind}[b, 5, 4] r, int64[2] n, {kind}[2] s, {kind}[2, 4] d,
+               {kind}[4] row, {kind}[16] c) => ({kind}[b, 5, 4] y, {kind}[b, 5, 8] z) {{
+              t = regraft.AddRedirected_{numbers} (h, r, n, s, d)
+              y = regraft.AddRow_{numbers} (t, row)
+              z = regraft.BiasedSwiGlu_{numbers} (h, c) }}"""
+        )
+        settings = onnxruntime.SessionOptions()
+        settings.register_custom_ops_library(str(library))
+        # It knows the operators and their types, and that none is one of the CPU's.
+        with pytest.raises(Exception, match="Could not find an implementation for AddRe"):
+            onnxruntime.InferenceSession(
+                proto.SerializeToString(), settings, providers=["CPUExecutionProvider"]
+            )
