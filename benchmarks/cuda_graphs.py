@@ -50,7 +50,8 @@ def write_forms(
             patch = None if form.redirect is None else Patch(neurons, form.redirect)
             ready = prepared[form.choices.layer_scale]
             fused = fuse(ready, patch, Wanted(), form.choices)
-            weights.save(fused.proto, file_of(name, form))
+            suffix = SUFFIX if fused.fusions.operators else ".cuda.onnx"
+            weights.save(fused.proto, f"{name}{suffix}")
         if literal:
             proto = literal_graph(prepared[True].traced, neurons)
             weights.save(fuse_built(prepared[True], proto, 1).proto, "literal.cuda.onnx")
@@ -63,11 +64,6 @@ def write_portable(folder: Path, exact: Traced, neurons: Neurons) -> None:
             built = build(exact, Patch(neurons, redirect), Wanted())
             weights.save(built.proto, f"{redirect.value}.onnx")
         weights.save(build(exact, None, Wanted()).proto, "None.onnx")
-
-
-def file_of(name: str, form: Form) -> str:
-    """The file of a form."""
-    return f"{name}{SUFFIX if form.choices.operators else '.cuda.onnx'}"
 
 
 def open_cuda(folder: Path, name: str, precision: str) -> Engine:

@@ -3,17 +3,20 @@
 Run as ``python -m benchmarks.cuda_overhead`` on a machine with a card. Each model is exported once;
 then all rivals of one batch size run in one process, in an order that changes every round, and what
 they return is checked against PyTorch with hooks in float32. Times are the card's own, of several
-runs in a row, without copies; ``first_ms`` are single runs, with the time to start them.
-Of torch.compile it is the eager module that is checked. A result file that exists is continued; a
-cell of the same model, size, precision and batch is replaced.
+runs in a row, without copies; ``first_ms`` are single runs, with the time to start them. Graphs
+with regraft's own operators are compared with a baseline that has them where it has gates. A rival
+that fails or finds no memory is left out and its reason recorded; without the baseline nothing is
+timed. A result file that exists is continued; a cell of the same settings is replaced.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
@@ -39,16 +42,28 @@ from benchmarks.cuda_graphs import (
     write_forms,
 )
 from benchmarks.machine import RESULTS, circumstances, write_results
-from regraft.engines import Engine
+from regraft.engines.ort_cuda.operators import SUFFIX
 from regraft.neurons import Neurons
 from regraft.timing import Ratio, Times, compare
+from regraft_export.graph.cuda.fuse import Choices
 from regraft_export.trace import DTYPES, trace
 from regraft_export.vit.hooks import redirected
 from regraft_export.vit.structure import VisionTransformer
 
-FORMS = {BASELINE: Form(None), "patched": Form(PER_NEURON), "constant": Form(CONSTANT)}
+OWN = Choices(operators=True)
+OWN_BASELINE = "baseline, operators"  # a file of its own where the model has gates
+FORMS = {
+    BASELINE: Form(None),
+    "patched": Form(PER_NEURON),
+    "constant": Form(CONSTANT),
+    OWN_BASELINE: Form(None, OWN),
+    "patched, operators": Form(PER_NEURON, OWN),
+    "constant, operators": Form(CONSTANT, OWN),
+}
 HOOKS, EAGER, COMPILED = "PyTorch with hooks", "PyTorch unpatched", "torch.compile unpatched"
 Rival = Callable[[int], float]  # runs in a row -> seconds per run
+# check_error exits; torch's memory and compiler errors, and our engine's.
+_FAILURES = (Exception, SystemExit)
 SAMPLE = 0.01  # seconds of runs in a row that make one figure
 
 
@@ -84,6 +99,7 @@ def main() -> None:
         for batch in args.batch_sizes:
             cell = _Cell(folder, vit, neurons, batch, args).measure()
             _keep(args.out, cell)
+            _forget_memory()
             print("\n".join(_rows(cell)), flush=True)
 
 
@@ -112,22 +128,59 @@ class _Cell:
         self.memory: dict[str, float] = {}
         self.errors: dict[str, float] = {}
         self.details: dict[str, str] = {}
+        self.failures: dict[str, str] = {}
 
     def measure(self) -> dict[str, Any]:
+        """The cell, with what failed and why."""
+        times: dict[str, Times] = {}
+        firsts: dict[str, Times] = {}
+        try:
+            times, firsts = self._measured()
+        except _FAILURES as error:
+            self.failures["all"] = _reason(error)
+        return self._result(times, firsts)
+
+    def _measured(self) -> tuple[dict[str, Times], dict[str, Times]]:
         right, plain = self._right()
         rivals: dict[str, Rival] = {}
-        with ExitStack() as stack, torch.inference_mode():
-            for name in [*FORMS, *(["literal"] if self.args.literal else [])]:
-                engine = stack.enter_context(self._engine(name))
-                expected = plain if name == BASELINE else right[name]
-                got = engine.run(self.pixels, [OUTPUT])[OUTPUT]
-                self.errors[name] = check_error(name, got, expected, self.args.precision)
-                self.details = self.details or engine.details()
-                enough_runs(engine, self.batch)
-                rivals[name] = partial(engine.device_seconds, self.batch)
-            rivals |= self._torch(stack, right["patched"], plain)
-            times, firsts = self._times(rivals)
-        return self._result(times, firsts)
+        with ExitStack() as stack, torch.no_grad():
+            right |= {BASELINE: plain, OWN_BASELINE: plain}
+            gated = (self.folder / f"{OWN_BASELINE}{SUFFIX}").exists()
+            names = [name for name in FORMS if gated or name != OWN_BASELINE]
+            for name in [*names, *(["literal"] if self.args.literal else [])]:
+                self._add(rivals, name, partial(self._graph, stack, name, right))
+            dtype = DTYPES[self.args.precision]
+            tensor = torch.from_numpy(self.pixels).cuda().to(dtype)
+            for name in [HOOKS, EAGER, *([COMPILED] if self.args.compile else [])]:
+                expected = right["patched"] if name == HOOKS else plain
+                self._add(rivals, name, partial(self._torch, stack, name, tensor, expected))
+            if BASELINE not in rivals:
+                return {}, {}
+            return self._times(rivals)
+
+    def _add(self, rivals: dict[str, Rival], name: str, make: Callable[[], Rival]) -> None:
+        """Adds a rival that was checked, or the reason why there is none."""
+        try:
+            rivals[name] = make()
+        except _FAILURES as error:
+            self.failures[name] = _reason(error)
+            print(f"{name}: {self.failures[name]}", file=sys.stderr)
+        if name in self.failures:  # here the failed rival's frames are gone, and hold no memory
+            _forget_memory()
+
+    def _graph(self, stack: ExitStack, name: str, right: dict[str, Array]) -> Rival:
+        """One of the graphs for ``ort-cuda``."""
+        with ExitStack() as opened:
+            free = torch.cuda.mem_get_info()[0]
+            engine = opened.enter_context(open_cuda(self.folder, name, self.args.precision))
+            got = engine.run(self.pixels, [OUTPUT])[OUTPUT]
+            engine.device_seconds(self.batch, 2)
+            self.memory[name] = (free - torch.cuda.mem_get_info()[0]) / 2**20
+            self.errors[name] = check_error(name, got, right[name], self.args.precision)
+            self.details = self.details or engine.details()
+            enough_runs(engine, self.batch)
+            stack.enter_context(opened.pop_all())
+        return partial(engine.device_seconds, self.batch)
 
     def _right(self) -> tuple[dict[str, Array], Array]:
         """What each graph must yield, by PyTorch with hooks in float32 on the card."""
@@ -146,42 +199,29 @@ class _Cell:
         right["literal"] = right["patched"]
         return right, run(nullcontext())
 
-    def _engine(self, name: str) -> Engine:
-        free = torch.cuda.mem_get_info()[0]
-        engine = open_cuda(self.folder, name, self.args.precision)
-        engine.run(self.pixels, [OUTPUT])
-        engine.device_seconds(self.batch, 2)
-        self.memory[name] = (free - torch.cuda.mem_get_info()[0]) / 2**20
-        return engine
-
-    def _torch(self, stack: ExitStack, right: Array, plain: Array) -> dict[str, Rival]:
-        """PyTorch in the same precision: with hooks, unpatched, and unpatched but compiled."""
-        dtype = DTYPES[self.args.precision]
-        tensor = torch.from_numpy(self.pixels).cuda().to(dtype)
-        hooked, eager = (copy.deepcopy(self.vit) for _ in range(2))
-        for vit in (hooked, eager):
-            vit.module.to(dtype)
-        stack.enter_context(redirected(hooked, self.neurons))
-        modules: dict[str, Any] = {HOOKS: hooked.module, EAGER: eager.module}
-        if self.args.compile:
-            torch._dynamo.reset()
-            modules[COMPILED] = torch.compile(eager.module, mode="reduce-overhead")
-        rivals = {}
-        for name, module in modules.items():
+    def _torch(self, stack: ExitStack, name: str, tensor: Tensor, right: Array) -> Rival:
+        """PyTorch in the same precision: with hooks, unpatched, or unpatched but compiled."""
+        before = torch.cuda.memory_allocated()
+        with ExitStack() as opened:
+            vit = copy.deepcopy(self.vit)
+            vit.module.to(tensor.dtype)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            run = _forward(vit.module)
+            if name == HOOKS:
+                opened.enter_context(redirected(vit, self.neurons))
+            if name == COMPILED:
+                torch._dynamo.reset()
+                run = torch.compile(run, mode="reduce-overhead")
+            else:
+                run = torch.inference_mode()(run)  # which torch.compile does not take everywhere
             for _ in range(3):
-                module(tensor)
-            got = eager.module if name == COMPILED else module
-            out = _features(got, tensor)
-            expected = right if name == HOOKS else plain
-            self.errors[name] = check_error(name, out, expected, self.args.precision)
-            peak = torch.cuda.max_memory_allocated() - before
-            weights = sum(p.numel() * p.element_size() for p in eager.module.parameters())
-            self.memory[name] = (peak + weights) / 2**20
-            rivals[name] = _on_card(module, tensor)
-        return rivals
+                features, _ = run(tensor)
+            got = features.float().cpu().numpy()
+            self.errors[name] = check_error(name, got, right, self.args.precision)
+            self.memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            stack.enter_context(opened.pop_all())
+        return _on_card(run, tensor)
 
     def _times(self, rivals: dict[str, Rival]) -> tuple[dict[str, Times], dict[str, Times]]:
         seconds, rounds = self.args.seconds, self.args.rounds
@@ -197,14 +237,17 @@ class _Cell:
     def _result(self, times: dict[str, Times], firsts: dict[str, Times]) -> dict[str, Any]:
         rows = {}
         for name, t in times.items():
-            over, hooks = Ratio.of(t, times[BASELINE]), Ratio.of(times[HOOKS], t)
+            own = name.endswith(", operators") and OWN_BASELINE in times
+            over = Ratio.of(t, times[OWN_BASELINE if own else BASELINE])
+            hooks = Ratio.of(times[HOOKS], t) if HOOKS in times else None
             rows[name] = {
                 "median_ms": round(t.median * 1e3, 4),
                 "first_ms": round(firsts[name].median * 1e3, 4),
                 "first_p99_ms": round(firsts[name].p99 * 1e3, 4),
                 "images_per_second": round(self.batch / t.median, 1),
                 "over_baseline": [round(x, 4) for x in (over.median, over.low, over.high)],
-                "hooks_over_it": [round(x, 3) for x in (hooks.median, hooks.low, hooks.high)],
+                "hooks_over_it": hooks
+                and [round(x, 3) for x in (hooks.median, hooks.low, hooks.high)],
                 "relative_error": float(f"{self.errors[name]:.2g}"),
                 "memory_mib": round(self.memory[name]),
             }
@@ -220,8 +263,9 @@ class _Cell:
             "touched_layers": self.args.touched,
             "neurons": self.args.neurons,
             "batch": self.batch,
-            "rounds": len(times[BASELINE].seconds),
+            "rounds": len(times[BASELINE].seconds) if times else 0,
             "rivals": rows,
+            "failures": self.failures,
         }
 
 
@@ -229,14 +273,37 @@ def _features(module: Any, tensor: Tensor) -> Array:
     return np.asarray(module.forward_features(tensor).float().cpu().numpy())
 
 
-def _on_card(module: Any, tensor: Tensor) -> Rival:
+def _reason(error: BaseException) -> str:
+    """A failure in one line: PyTorch tells of its memory at length."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def _forget_memory() -> None:
+    """Gives back what PyTorch keeps for itself, compiled graphs' pools too."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _forward(module: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The model's forward, which also returns the features: what is timed is what is checked."""
+
+    def run(tensor: Tensor) -> tuple[Tensor, Tensor]:
+        features = module.forward_features(tensor)
+        return features, module.forward_head(features)
+
+    return run
+
+
+def _on_card(run: Callable[[Tensor], Any], tensor: Tensor) -> Rival:
     def seconds(runs: int) -> float:
         event: Any = torch.cuda.Event
         start, stop = (event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
         for _ in range(runs):
-            module(tensor)
+            run(tensor)
         stop.record()
         stop.synchronize()
         return float(start.elapsed_time(stop)) / 1e3 / runs
@@ -254,13 +321,18 @@ def _clocks() -> str:
 def _keep(path: Path, cell: dict[str, Any]) -> None:
     """Puts a cell into the result file, in place of one of the same name."""
     known = json.loads(path.read_text())["cells"] if path.exists() else []
-    cells = [c for c in known if _key(c) != _key(cell)] + [cell]
+    same = [c for c in known if _key(c) == _key(cell)]
+    if not cell["rivals"] and any(c["rivals"] for c in same):
+        print("failed; what was measured before is kept", file=sys.stderr)
+        return
+    cells = [c for c in known if c not in same] + [cell]
     table = [line for c in cells for line in ["", *_rows(c)]]
     write_results(path, {**circumstances("benchmarks.cuda_overhead"), "cells": cells}, table)
 
 
 def _key(cell: dict[str, Any]) -> tuple[Any, ...]:
-    return (cell["model"], *cell["image_size"], cell["precision"], cell["batch"])
+    names = ("model", "image_size", "blocks", "precision", "touched_layers", "neurons", "batch")
+    return tuple(str(cell[name]) for name in names)
 
 
 def _rows(cell: dict[str, Any]) -> list[str]:
@@ -268,7 +340,8 @@ def _rows(cell: dict[str, Any]) -> list[str]:
     rows = [
         f"{cell['model']}, {size}, {cell['tokens']} tokens, {cell['blocks']} blocks, "
         f"{cell['precision']}, batch "
-        f"{cell['batch']}, layers {cell['touched_layers']} touched, {cell['engine']['device']}",
+        f"{cell['batch']}, {cell['neurons']} neurons in layers {cell['touched_layers']}, "
+        f"{cell['engine'].get('device', cell['clocks'])}",
         "",
         "| rival | ms | single run (p99) | over baseline | hooks over it | images/s | MiB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -276,9 +349,11 @@ def _rows(cell: dict[str, Any]) -> list[str]:
     for name, f in cell["rivals"].items():
         over = "{} ({} to {})".format(*f["over_baseline"])
         first = f"{f['first_ms']} ({f['first_p99_ms']})"
-        row = (name, f["median_ms"], first, over, f["hooks_over_it"][0], f["images_per_second"])
+        hooks = f["hooks_over_it"][0] if f["hooks_over_it"] else "-"
+        row = (name, f["median_ms"], first, over, hooks, f["images_per_second"])
         rows.append("| " + " | ".join(map(str, (*row, f["memory_mib"]))) + " |")
-    return rows
+    failed = [f"- {name}: {reason}" for name, reason in cell.get("failures", {}).items()]
+    return [*rows, *(["", "Not measured:", "", *failed] if failed else [])]
 
 
 if __name__ == "__main__":

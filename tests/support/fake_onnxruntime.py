@@ -2,12 +2,14 @@
 
 Graphs are computed by the real CPU provider; the fake keeps the rules that the CUDA provider has:
 addresses lie in the card's memory, and a CUDA graph, which belongs to a thread and a number, is
-replayed with the addresses and shapes of its recording.
+replayed with the addresses and shapes of its recording. A recording disturbs other threads and is
+disturbed by them.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -80,6 +82,15 @@ class Session:
     def io_binding(self) -> Binding:
         return Binding()
 
+    def _record(self) -> None:
+        if self._module.full_at and len(self.recorded) >= self._module.full_at:
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 99")
+        if self._cudart.recorder is not None:
+            self._cudart.forbidden.append("a recording")
+        self._cudart.recorder = threading.get_ident()
+        time.sleep(self._module.recording_takes)
+        self._cudart.recorder = None
+
     def run_with_iobinding(self, binding: Binding, options: Any) -> None:
         if self._module.failure:
             raise RuntimeError(self._module.failure)
@@ -89,6 +100,8 @@ class Session:
         if number >= 0:
             assert self.provider["enable_cuda_graph"] == "1"
             places = (dict(binding.inputs), dict(binding.outputs))
+            if key not in self.recorded:
+                self._record()
             assert self.recorded.setdefault(key, places) == places
 
         def work() -> None:
@@ -114,6 +127,8 @@ class Module(ModuleType):
         providers: what this build has.
         refusal: what opening a session fails with.
         failure: what a run fails with.
+        full_at: after how many recordings of a session it finds no memory; 0 for never.
+        recording_takes: seconds.
         sessions: those opened on the card.
     """
 
@@ -124,6 +139,7 @@ class Module(ModuleType):
         self.cudart, self.libraries = cudart, True
         self.available = [CUDA, "CPUExecutionProvider"]
         self.refusal = self.failure = ""
+        self.full_at, self.recording_takes = 0, 0.0
         self.sessions: list[Session] = []
         self.InferenceSession, self.SessionOptions = self._open, Settings
         self.get_available_providers = lambda: self.available

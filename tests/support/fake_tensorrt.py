@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -29,6 +30,20 @@ class Status(enum.IntEnum):
     cudaErrorMemoryAllocation = 2  # noqa: N815
     cudaErrorInsufficientDriver = 35  # noqa: N815
     cudaErrorLaunchFailure = 719  # noqa: N815
+    cudaErrorStreamCaptureUnsupported = 900  # noqa: N815
+
+
+# What CUDA forbids to every other thread while one records in global mode.
+UNSAFE = (
+    "cudaMalloc",
+    "cudaFree",
+    "cudaHostAlloc",
+    "cudaFreeHost",
+    "cudaStreamCreateWithFlags",
+    "cudaStreamDestroy",
+    "cudaStreamSynchronize",
+    "cudaEventSynchronize",
+)
 
 
 class Cudart:
@@ -40,6 +55,8 @@ class Cudart:
         fails: function name -> the status its next call returns.
         calls: how often each function was called.
         clock: milliseconds; every piece of work takes one.
+        recorder: the thread that records in global mode, as ONNX Runtime does; None if none does.
+        forbidden: what other threads called meanwhile.
     """
 
     cudaStreamNonBlocking = 1  # noqa: N815
@@ -64,6 +81,8 @@ class Cudart:
         self._ready: dict[int, list[Callable[[], None]]] = {}
         self._recording: list[Callable[[], None]] | None = None
         self._next = 1000
+        self.recorder: int | None = None
+        self.forbidden: list[str] = []
 
     @property
     def live(self) -> int:
@@ -84,6 +103,9 @@ class Cudart:
             return value
         self.calls[name] += 1
         status = self.fails.pop(name, Status.cudaSuccess)
+        if name in UNSAFE and self.recorder not in (None, threading.get_ident()):
+            self.forbidden.append(name)
+            status = Status.cudaErrorStreamCaptureUnsupported
         if status:
             return lambda *_: (status, None)
 

@@ -7,13 +7,13 @@ checkpoint, so that the command line loads it.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import timm
 import torch
 import transformers as tf
@@ -98,22 +98,29 @@ def _hf(model: Any, config: Any, prefix: int, **options: Any) -> Family:
     )  # fmt: skip
 
 
-def _open_clip(config: dict[str, Any], prefix: int = 1, **about: Any) -> Family:
-    """An OpenCLIP model of a configuration, as ``open_clip:local-dir:FOLDER``."""
-    config = {"text_cfg": {"width": 16, "heads": 2, "layers": 1, "vocab_size": 64}, **config}
-    vision = config["vision_cfg"]
+def _open_clip(
+    config: Callable[[], dict[str, Any]], size: int, patch: int, prefix: int = 1, **about: Any
+) -> Family:
+    """An OpenCLIP model of a configuration, as ``open_clip:local-dir:FOLDER``.
+
+    open_clip is imported when a model is made: machines with a card may be without it.
+    """
+
+    def build() -> nn.Module:
+        module: nn.Module = importlib.import_module("open_clip").CLIP(**config())
+        return module
 
     def save(module: nn.Module, folder: Path) -> tuple[str, ...]:
         preprocess = {"mean": [0.5] * 3, "std": [0.2] * 3, "resize_mode": "squash"}
-        about = {"model_cfg": config, "preprocess_cfg": preprocess}
+        about = {"model_cfg": config(), "preprocess_cfg": preprocess}
         (folder / "open_clip_config.json").write_text(json.dumps(about))
         save_file(module.state_dict(), folder / "open_clip_model.safetensors")
         return (f"open_clip:local-dir:{folder}",)
 
     return Family(
-        lambda: open_clip.CLIP(**config),
+        build,
         save,
-        vision["image_size"], vision["patch_size"], prefix,
+        size, patch, prefix,
         visual=lambda module: module.visual,
         **about,
     )  # fmt: skip
@@ -142,10 +149,15 @@ _HF = {
     "num_attention_heads": 3,
     "intermediate_size": 96,
 }
-_CLIP = {"layers": 3, "width": 48, "head_width": 16, "patch_size": 8, "image_size": 64}
+_CLIP = {
+    "embed_dim": 20,
+    "quick_gelu": True,
+    "vision_cfg": {"layers": 3, "width": 48, "head_width": 16, "patch_size": 8, "image_size": 64},
+    "text_cfg": {"width": 16, "heads": 2, "layers": 1, "vocab_size": 64},
+}
 
 SMALL = {
-    "open_clip": _open_clip({"embed_dim": 20, "quick_gelu": True, "vision_cfg": _CLIP}),
+    "open_clip": _open_clip(lambda: _CLIP, 64, 8),
     "hub_dinov2": _hub("tiny", 112, 1),
     "hub_dinov2_g_reg": _hub("tiny_g_reg", 112, 5),
     "hf_siglip": _hf(tf.SiglipVisionModel, tf.SiglipVisionConfig, 0, **_HF),
@@ -212,8 +224,12 @@ def _hf_siglip(size: int, patch: int, **options: Any) -> Family:
     )
 
 
-def _published_clip(architecture: str, **about: Any) -> Family:
-    return _open_clip(open_clip.get_model_config(architecture), **about)
+def _published_clip(architecture: str, patch: int, **about: Any) -> Family:
+    def config() -> dict[str, Any]:
+        found: dict[str, Any] = importlib.import_module("open_clip").get_model_config(architecture)
+        return found
+
+    return _open_clip(config, 224, patch, **about)
 
 
 _CLIP_L = {
@@ -240,9 +256,9 @@ REAL = {
     "timm_dinov2_g_reg": _timm(
         "vit_giant_patch14_reg4_dinov2", 224, 14, 5, **_FOUR, reduced="depth 4 of 40"
     ),
-    "open_clip_b32_quickgelu": _published_clip("ViT-B-32-quickgelu", **_B),
-    "open_clip_b16": _published_clip("ViT-B-16", **_B),
-    "open_clip_l14": _published_clip("ViT-L-14", layers=(12,)),
+    "open_clip_b32_quickgelu": _published_clip("ViT-B-32-quickgelu", 32, **_B),
+    "open_clip_b16": _published_clip("ViT-B-16", 16, **_B),
+    "open_clip_l14": _published_clip("ViT-L-14", 14, layers=(12,)),
     "timm_clip_b16_quickgelu": _timm("vit_base_patch16_clip_quickgelu_224", 224, 16, 1, **_B),
     # As LLaVA reads it: --layers 22, the block before the last.
     "hf_clip_l14_336": _hf(

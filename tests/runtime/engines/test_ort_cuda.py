@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tests.support import fake_onnxruntime
 from tests.support.fake_tensorrt import Status
 
-from regraft.engines import EngineOptions, open_engine, parts
+from regraft.engines import Engine, EngineOptions, open_engine, parts
 from regraft.engines.ort_cuda.runner import LARGEST
 from regraft.errors import EngineError, ImageError
 from regraft.extractor import Extractor
@@ -194,6 +194,85 @@ def test_threads_share_one_recording_each_bucket(ort: Fake, graph: Path) -> None
         assert len(ort.sessions[0].recorded) == 2
 
 
+def test_engines_do_not_disturb_each_others_recordings(ort: Fake, graph: Path) -> None:
+    ort.recording_takes = 0.005
+    failures: list[BaseException] = []
+    start = threading.Barrier(3)
+
+    def work(seed: int) -> None:
+        try:
+            start.wait()
+            for turn in range(3):  # opened, recorded, replayed and closed beside the others
+                with open_engine(graph, "ort-cuda") as engine:
+                    for count in (1, 2, 2, 3, 3, 5):
+                        batch = pixels(count, seed + turn)
+                        found = engine.run(batch, ["pooler_output"])["pooler_output"]
+                        expected = right(graph, batch)["pooler_output"]
+                        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(10 * i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert not ort.cudart.forbidden
+    assert ort.cudart.live == 0
+
+
+def test_where_no_second_slot_fits_one_has_to_do(
+    ort: Fake, graph: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    batches = [pixels(3, seed) for seed in range(4)]
+    with open_engine(graph, "ort-cuda") as engine:
+        engine.run(batches[0])
+        held = ort.cudart.live
+        ort.cudart.memory = 1 << 12
+        _run_ahead(engine, batches, graph)
+        assert ort.cudart.live == held
+        assert caplog.text.count("too little free memory to copy one batch of 4 while") == 1
+        with pytest.raises(EngineError, match=r"cudaMalloc failed.*free memory on the card"):
+            engine.run(pixels(64))  # a first slot that does not fit is an error
+        ort.cudart.memory = 1 << 30
+        _run_ahead(engine, batches, graph)
+        assert {number for _, number in ort.sessions[0].recorded} == {8}
+
+
+def test_where_no_second_recording_fits_one_slot_has_to_do(
+    ort: Fake, graph: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ort.full_at = 1
+    with open_engine(graph, "ort-cuda") as engine:
+        engine.run(pixels(3))
+        held = ort.cudart.live
+        _run_ahead(engine, [pixels(3, seed) for seed in range(4)], graph)
+        assert ort.cudart.live == held
+        assert caplog.text.count("takes one after the other from here on") == 1
+        with pytest.raises(EngineError, match="the card has too little free memory; free some"):
+            engine.run(pixels(8))
+    assert ort.cudart.live == 0
+
+
+def test_another_failure_of_a_second_slot_is_an_error(ort: Fake, graph: Path) -> None:
+    with open_engine(graph, "ort-cuda") as engine:
+        first = engine.start(pixels(3), ["pooler_output"])
+        ort.failure = "something else"
+        with pytest.raises(EngineError, match="something else"):
+            engine.start(pixels(3))
+        ort.failure = ""
+        expected = right(graph, pixels(3))["pooler_output"]
+        np.testing.assert_allclose(first()["pooler_output"], expected, rtol=1e-5, atol=1e-6)
+
+
+def _run_ahead(engine: Engine, batches: list[NDArray[np.float32]], graph: Path) -> None:
+    started = [engine.start(batch, ["pooler_output"]) for batch in batches]
+    for finish, batch in zip(started, batches, strict=True):
+        expected = right(graph, batch)["pooler_output"]
+        np.testing.assert_allclose(finish()["pooler_output"], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_without_cuda_graphs(ort: Fake, graph: Path) -> None:
     with open_engine(graph, "ort-cuda", options=EngineOptions(optimize=False)) as engine:
         engine.run(pixels(2))
@@ -272,8 +351,10 @@ def test_what_is_missing_is_named(
     with pytest.raises(EngineError, match="cuda-bindings is not installed; pip install 'regraft"):
         open_engine(graph, "ort-cuda")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(EngineError, match="onnxruntime-gpu is not installed; pip install 'regraft"):
+    with pytest.raises(EngineError, match="onnxruntime-gpu is not installed") as caught:
         open_engine(graph, "ort-cuda")
+    hint = "pip install 'regraft-runtime[cuda]' 'onnxruntime-gpu[cuda,cudnn]'"
+    assert str(caught.value).endswith(hint)
 
 
 def test_too_little_memory_leaves_nothing_behind(ort: Fake, graph: Path) -> None:

@@ -3,6 +3,7 @@
 - ``engine``: the engine, and what can go wrong when it opens.
 - ``runner``: three streams, and one CUDA graph per slot of a batch size.
 - ``one_thread``: why runs of one session stay on one thread.
+- ``gate``: what may not happen while ONNX Runtime records, in whatever engine.
 - ``slot``: one batch in its buffers, on its way in, computed, or on its way back.
 
 Tests put a fake card in its place (``tests/runtime/engines/test_ort_cuda.py``), whose streams put

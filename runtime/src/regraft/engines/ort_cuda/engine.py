@@ -15,15 +15,17 @@ from numpy.typing import NDArray
 
 from regraft.engines.base import BuildOptions, BuildProgress, Engine, EngineOptions, Shape
 from regraft.engines.cuda_runtime import Cuda
+from regraft.engines.ort_cuda.gate import GATE
 from regraft.engines.ort_cuda.one_thread import OneThread
 from regraft.engines.ort_cuda.operators import LIBRARY, compile_library, needs_operators
-from regraft.engines.ort_cuda.runner import Runner
+from regraft.engines.ort_cuda.runner import NO_MEMORY, Runner
 from regraft.engines.parts import parts_of, shapes_of
 from regraft.errors import EngineError
 from regraft.manifest import INPUT
 
 PROVIDER = "CUDAExecutionProvider"
-_INSTALL = "pip install 'regraft-runtime[cuda]'"
+_LIBRARIES = "'onnxruntime-gpu[cuda,cudnn]'"
+_INSTALL = f"pip install 'regraft-runtime[cuda]' {_LIBRARIES}"
 _log = logging.getLogger("regraft")
 # What a message of ONNX Runtime or CUDA says -> what to do. The first that fits counts.
 _REMEDIES = (
@@ -33,7 +35,7 @@ _REMEDIES = (
         "export again with this version, which writes a graph for CUDA",
     ),
     (
-        ("out of memory", "Failed to allocate memory", "cudaErrorMemoryAllocation"),
+        NO_MEMORY,
         "the card has too little free memory; free some, or run smaller batches",
     ),
     (
@@ -128,15 +130,21 @@ class OrtCudaEngine(Engine):
         said = io.StringIO()
         with redirect_stdout(said):  # it prints what it cannot load; answers go to stdout
             ort.preload_dlls()
+        with GATE.alone():
+            return self._open_session(ort, graph, options, said.getvalue())
+
+    def _open_session(
+        self, ort: Any, graph: Path, options: EngineOptions, said: str
+    ) -> tuple[tuple[int, int], dict[str, Shape]]:
         cuda = Cuda(engine=self.name)
         stream = cuda.stream()
         try:
             session = _session(ort, graph, int(stream), options, self._library(graph))
             if PROVIDER not in session.get_providers():
-                hints = " ".join(said.getvalue().split()) or "see the log of onnxruntime"
+                hints = " ".join(said.split()) or "see the log of onnxruntime"
                 raise EngineError(
                     f"{self.name}: the libraries of CUDA or cuDNN cannot be loaded ({hints}); "
-                    "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+                    f"pip install {_LIBRARIES}"
                 )
             size, outputs = _ports(session, graph)
             parts = parts_of(session.get_modelmeta().custom_metadata_map, outputs)

@@ -2,11 +2,12 @@
 
 Three streams: one copies in, one computes (the session was given it), one copies back, all from and
 to pinned memory. Each bucket has up to two slots, so that while the card computes in one, the other
-is filled and emptied.
+is filled and emptied. Where the card has no room for the second, one has to do.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from regraft.engines.buckets import buckets, pieces
 from regraft.engines.cuda_runtime import Cuda
+from regraft.engines.ort_cuda.gate import GATE
 from regraft.engines.ort_cuda.slot import Job, Slot
 from regraft.engines.parts import Part
 from regraft.manifest import INPUT
@@ -24,6 +26,9 @@ from regraft.manifest import INPUT
 LARGEST = 64  # images in one run; a larger batch is cut into pieces
 _SLOTS = 2  # of each bucket
 _SKIP = "-1"  # the annotation that neither records nor replays
+# What CUDA and ONNX Runtime say when the card is full.
+NO_MEMORY = ("out of memory", "failed to allocate memory", "cudaerrormemoryallocation")
+_log = logging.getLogger("regraft")
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Runner:
         self._inner, self._parts, self.graphs = dict(inner), dict(parts or {}), graphs
         self.sizes = buckets(1, LARGEST)
         self._slots: dict[int, list[Slot]] = {}
+        self._most = _SLOTS
         with ExitStack() as stack:
             stack.callback(cuda.release, "cudaStreamDestroy", stream)
             self._streams = (self._stream(stack), stream, self._stream(stack))
@@ -94,12 +100,14 @@ class Runner:
         jobs = []
         for start, stop, bucket in pieces(len(pixels), self.sizes):
             slot = self._free(bucket)
-            jobs.append(slot.launch(pixels[start:stop], outputs))
+            with GATE.together():
+                jobs.append(slot.launch(pixels[start:stop], outputs))
         return Started(jobs, len(outputs))
 
     def finish(self, started: Started) -> list[NDArray[np.float32]]:
         """Waits for a batch; the outputs, in order, owned by the caller."""
-        found = [job.collect() for job in started.jobs]
+        with GATE.together():
+            found = [job.collect() for job in started.jobs]
         if len(found) == 1:
             return found[0]
         return [np.concatenate([part[i] for part in found]) for i in range(started.outputs)]
@@ -114,20 +122,45 @@ class Runner:
                 for bucket in needed:
                     slots[bucket].compute()
 
-        return self._cuda.seconds(self._streams[1], work) / runs
+        with GATE.together():
+            return self._cuda.seconds(self._streams[1], work) / runs
 
     def _free(self, bucket: int) -> Slot:
-        """A slot that is not in use; if there is none, the older one, once it has been emptied."""
+        """A slot that is not in use; if there is none, the older one, once it has been emptied.
+
+        Its graph is recorded.
+        """
         slots = self._slots.setdefault(bucket, [])
         idle = next((slot for slot in slots if slot.job is None), None)
-        if idle is None and len(slots) < _SLOTS:
-            idle = self._prepare(bucket, len(slots))
-        elif idle is None:
+        if idle is None and len(slots) < self._most:
+            idle = self._another(bucket, len(slots))
+        if idle is None:
             idle = slots[0]
-            idle.empty()
+            with GATE.together():
+                idle.empty()
+        if idle.is_new:
+            with GATE.alone():
+                self._record(idle)
         # The one that was handed out last stands last.
         slots[:] = [*(slot for slot in slots if slot is not idle), idle]
         return idle
+
+    def _another(self, bucket: int, number: int) -> Slot | None:
+        """A new slot; None if there is no memory for it, and one that can do its work."""
+        try:
+            with GATE.alone():
+                return self._prepare(bucket, number)
+        except Exception as error:  # onnxruntime's have no common base
+            full = any(sign in str(error).lower() for sign in NO_MEMORY)
+            if number == 0 or not full:
+                raise
+        self._most = number
+        _log.warning(
+            "ort-cuda: the card has too little free memory to copy one batch of %d while another "
+            "is computed; takes one after the other from here on, more slowly",
+            bucket,
+        )
+        return None
 
     def _prepare(self, bucket: int, number: int) -> Slot:
         options = self._ort.RunOptions()
@@ -143,12 +176,19 @@ class Runner:
                 address = slot.place(name, (bucket, *shape))
                 bind = binding.bind_input if name == INPUT else binding.bind_output
                 bind(name, "cuda", 0, np.float32, [bucket, *shape], address)
-            slot.compute = lambda: self._session.run_with_iobinding(binding, options)
+            slot.session = lambda: self._session.run_with_iobinding(binding, options)
+            self._record(slot)
             self._stack.enter_context(taken.pop_all())
         return slot
 
+    def _record(self, slot: Slot) -> None:
+        """The first run on a slot; all memory that it ever takes is taken here."""
+        slot.compute()
+        self._cuda.wait(self._streams[1])
+
     def close(self) -> None:
         """Frees everything; the runner cannot be used afterwards. Closing twice is allowed."""
-        self._slots.clear()
-        self._session = None  # before the stream it runs on
-        self._stack.close()
+        with GATE.alone():
+            self._slots.clear()
+            self._session = None  # before the stream it runs on
+            self._stack.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Slot:
 
     Attributes:
         job: what is in it; None if it is free.
-        compute: runs the session on its buffers; set once they are bound.
+        session: runs the session on its buffers; set once they are bound.
     """
 
     def __init__(
@@ -61,7 +62,8 @@ class Slot:
         self._host: dict[str, tuple[int, Array]] = {}
         self._uploaded, self._computed, self._downloaded = (cuda.event(stack) for _ in range(3))
         self.job: Job | None = None
-        self.compute: Callable[[], None]
+        self.session: Callable[[], None]
+        self._here = threading.local()
 
     def place(self, name: str, shape: tuple[int, ...]) -> int:
         """Takes memory on the card for an input or output of the graph, and beside it in the host.
@@ -81,6 +83,16 @@ class Slot:
 
     def _of(self, whole: str) -> list[tuple[str, Part]]:
         return [(name, part) for name, part in self._parts.items() if part.whole == whole]
+
+    @property
+    def is_new(self) -> bool:
+        """Whether this thread's next run records: its graphs are its own."""
+        return not getattr(self._here, "ran", False)
+
+    def compute(self) -> None:
+        """Starts a run on its buffers."""
+        self.session()
+        self._here.ran = True
 
     def launch(self, pixels: Array, outputs: Sequence[str]) -> Job:
         """Starts a batch: copy in, compute, copy the named outputs back."""
