@@ -4,7 +4,7 @@ Run as ``python -m benchmarks.cuda_forms`` on a machine with a card. For one mod
 makes the baseline and the patched graph in every form, and times them in one process, in an order
 that changes every round; what they return is compared with the portable graph. Times are the
 card's own, of several runs in a row, without copies. A result file that exists is continued: batch
-sizes it has are not measured again, so that short sessions add up.
+sizes that it has with the same settings are not measured again, so that short sessions add up.
 """
 
 from __future__ import annotations
@@ -71,14 +71,20 @@ def main() -> None:
     torch.manual_seed(0)
     vit = vits.load(args.model, args.image_size, args.depth)
     neurons = vits.some_neurons(vit, args.touched, args.neurons)
-    result = _known(args.out) or {
-        **circumstances("benchmarks.cuda_forms"),
+    settings = {
         "model": args.model,
+        "image_size": list(vits.image_size(vit)),
         "tokens": vit.layout.count,
+        "blocks": vit.layout.depth,
         "precision": args.precision,
         "touched_layers": args.touched,
-        "batches": [],
+        "neurons": args.neurons,
     }
+    models = _known(args.out)
+    result = next((m for m in models if {k: m.get(k) for k in settings} == settings), None)
+    if result is None:
+        result = {**circumstances("benchmarks.cuda_forms"), **settings, "batches": []}
+        models.append(result)
     done = {batch["batch"] for batch in result["batches"]}
     with tempfile.TemporaryDirectory() as folder:
         size = vits.image_size(vit)
@@ -88,12 +94,14 @@ def main() -> None:
         write_portable(Path(folder), exact, neurons)
         for batch in [b for b in args.batch_sizes if b not in done]:
             result["batches"].append(_measure(Path(folder), vit, batch, args))
-            write_results(args.out, result, _table(result))
+            whole = {**circumstances("benchmarks.cuda_forms"), "models": models}
+            write_results(args.out, whole, [line for m in models for line in ["", *_table(m)]])
     print("\n".join(_table(result)))
 
 
-def _known(path: Path) -> dict[str, Any] | None:
-    found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+def _known(path: Path) -> list[dict[str, Any]]:
+    """What was measured before, a part for each of the settings."""
+    found: list[dict[str, Any]] = json.loads(path.read_text())["models"] if path.exists() else []
     return found
 
 
@@ -130,8 +138,9 @@ def _measure(
 def _table(result: dict[str, Any]) -> list[str]:
     details = result["batches"][0]["engine"]
     rows = [
-        f"{result['model']}, {result['tokens']} tokens, {result['precision']}, layers "
-        f"{result['touched_layers']} touched; {details['device']}, onnxruntime "
+        f"{result['model']}, {result['tokens']} tokens, {result['blocks']} blocks, "
+        f"{result['precision']}, {result['neurons']} neurons in layers "
+        f"{result['touched_layers']}; {details['device']}, onnxruntime "
         f"{details['onnxruntime']}. Times by the card's clock, runs in a row, without copies; "
         "ratios are medians over rounds with 95 % intervals.",
         "",

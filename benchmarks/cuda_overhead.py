@@ -106,6 +106,7 @@ def main() -> None:
 def _export(
     folder: Path, vit: VisionTransformer, neurons: Neurons, args: argparse.Namespace
 ) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     traced = trace(vit, vits.image_size(vit), args.precision)
     write_forms(folder, traced, neurons, FORMS, literal=args.literal)
 

@@ -1,7 +1,8 @@
 """The table and the picture of what ``benchmarks.cuda_overhead`` measured.
 
 Run as ``python -m benchmarks.cuda_plot``; needs no card. Over the unpatched graph stand, for each
-model and batch size, the redirect, its variant without a reduction, and the paper taken literally.
+model, its settings and batch size, the redirect, its variant without a reduction, and the paper
+taken literally.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib import pyplot
 
-from benchmarks.cuda_overhead import _rows
+from benchmarks.cuda_overhead import _key, _rows
 from benchmarks.machine import RESULTS
 
 RIVALS = {"patched": "#2563eb", "constant": "#0f9d8a", "literal": "#9aa5b1"}
+_COLUMNS = 5  # panels in a row
 NAMES = {"constant": "value = constant", "literal": "the paper, literally"}
 
 
@@ -36,29 +38,61 @@ def main() -> None:
 
 
 def _plot(cells: list[dict[str, Any]], path: Path) -> None:
+    """A panel for each model with its settings; what was not measured has no bar."""
     mpl.use("Agg")
-    models = list(dict.fromkeys((c["model"], c["tokens"], c["blocks"]) for c in cells))
+    panels: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for cell in cells:
+        if cell["rivals"]:
+            panels.setdefault(_key(cell)[:-1], []).append(cell)
+    if not panels:
+        raise SystemExit("no cell of the result has figures, so there is nothing to plot")
+    columns = min(len(panels), _COLUMNS)
+    rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(
-        1, len(models), figsize=(3 * len(models), 3.6), sharey=True, layout="constrained"
+        rows, columns, figsize=(3 * columns, 3.4 * rows), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, chosen in zip(axes.flat, panels.values(), strict=False):
+        _panel(axis, sorted(chosen, key=lambda cell: int(cell["batch"])))
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.set_visible(False)
+    for row in axes:
+        row[0].set_ylabel("time over the unpatched graph, %", fontsize=8)
+    bars = {
+        label: bar
+        for axis in axes.flat
+        for bar, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        bars.values(),
+        bars.keys(),
+        fontsize=7,
+        frameon=False,
+        ncols=3,
+        loc="outside lower center",
     )
-    for axis, (model, tokens, blocks) in zip(axes, models, strict=True):
-        chosen = [c for c in cells if (c["model"], c["tokens"]) == (model, tokens)]
-        for i, (rival, colour) in enumerate(RIVALS.items()):
-            places = [x + 0.27 * (i - 1) for x in range(len(chosen))]
-            heights = [100 * (c["rivals"][rival]["over_baseline"][0] - 1) for c in chosen]
-            bars = axis.bar(places, heights, 0.25, color=colour, label=NAMES.get(rival, rival))
-            axis.bar_label(bars, fmt="%.1f", fontsize=6, padding=2)
-        layers = len(chosen[0]["touched_layers"])
-        axis.set_title(f"{model}\n{tokens} tokens, {layers} of {blocks} blocks touched", fontsize=8)
-        axis.set_xticks(range(len(chosen)), [str(c["batch"]) for c in chosen])
-        axis.set_xlabel("batch", fontsize=8)
-        axis.axhline(0, color="#52606d", linewidth=0.8)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("time over the unpatched graph, %", fontsize=8)
-    axes[0].legend(fontsize=7, frameon=False)
-    device = cells[0]["engine"]["device"]
-    figure.suptitle(f"ort-cuda, {cells[0]['precision']}, {device}", fontsize=10)
+    devices = dict.fromkeys(c["engine"]["device"] for p in panels.values() for c in p)
+    figure.suptitle(f"ort-cuda, {'; '.join(devices)}", fontsize=10)
     figure.savefig(path, dpi=110)
+
+
+def _panel(axis: Any, cells: list[dict[str, Any]]) -> None:
+    for i, (rival, colour) in enumerate(RIVALS.items()):
+        known = [(x, c["rivals"][rival]) for x, c in enumerate(cells) if rival in c["rivals"]]
+        if not known:
+            continue
+        places = [x + 0.27 * (i - 1) for x, _ in known]
+        heights = [100 * (figures["over_baseline"][0] - 1) for _, figures in known]
+        bars = axis.bar(places, heights, 0.25, color=colour, label=NAMES.get(rival, rival))
+        axis.bar_label(bars, fmt="%.1f", fontsize=6, padding=2)
+    first = cells[0]
+    about = f"{first['tokens']} tokens, {first['precision']}, {first['neurons']} neurons in"
+    layers = f"{len(first['touched_layers'])} of {first['blocks']} blocks"
+    axis.set_title(f"{first['model']}\n{about} {layers}", fontsize=7)
+    axis.set_xticks(range(len(cells)), [str(c["batch"]) for c in cells])
+    axis.set_xlabel("batch", fontsize=8)
+    axis.axhline(0, color="#52606d", linewidth=0.8)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":

@@ -329,6 +329,46 @@ def test_cuts_are_left_to_the_copy_back() -> None:
     assert ops(graph) == {"Neg": 1, "Gather": 1}  # one token is read from the whole
 
 
+def cut_graph(start: int, stop: int, token: int | list[int]) -> gs.Graph:
+    """Tokens ``start`` to ``stop`` of -x leave, and one of them by itself."""
+    nodes = """whole = Neg(x) part = Slice(whole, start, stop, axis)
+    one = Gather<axis = 1>(part, token)"""
+    numbers = {"start": [start], "stop": [stop], "axis": [1], "token": token}
+    one = f"float[b, {D}]" if isinstance(token, int) else f"float[b, 1, {D}]"
+    out = f"float[b, t, {D}] part, {one} one"
+    graph = model(nodes, out, **{k: np.array(v, np.int64) for k, v in numbers.items()})
+    for node in graph.nodes:
+        node.name = "regraft.cut.part" if node.op == "Slice" else node.name
+        node.outputs[0].dtype = np.float32
+    return graph
+
+
+@pytest.mark.parametrize(("start", "token"), [(0, 1), (2, 0), (2, 1), (2, [1])])
+def test_a_token_of_a_cut_is_the_same_token_of_the_whole(
+    start: int, token: int | list[int]
+) -> None:
+    whole = -np.random.default_rng(1).normal(size=(2, T, D)).astype(np.float32)
+    graph = cut_graph(start, 4, token)
+    parts = leave_whole(graph, T)
+    assert (parts["part"].start, parts["part"].stop) == (start, 4)
+    graph.cleanup()
+    assert ops(graph) == {"Neg": 1, "Gather": 1}
+    found = graphs.run(write(graph, shapes_changed=True), {"x": -whole}, optimize=False)
+    np.testing.assert_array_equal(found["one"], whole[:, start + np.array(token)])
+    np.testing.assert_array_equal(found["regraft.whole"], whole)
+
+
+@pytest.mark.parametrize("bounds", [(0, -1), (-2, 5), (0, np.iinfo(np.int64).max)])
+def test_a_cut_that_does_not_count_from_the_front_is_left(bounds: tuple[int, int]) -> None:
+    assert not leave_whole(graph := cut_graph(*bounds, 0), T)
+    assert ops(graph) == {"Neg": 1, "Slice": 1, "Gather": 1}
+
+
+def test_a_token_that_counts_from_the_end_of_a_cut_keeps_its_slice() -> None:
+    assert leave_whole(graph := cut_graph(2, 4, -1), T)
+    assert ops(graph) == {"Neg": 1, "Slice": 1, "Gather": 1}
+
+
 def test_a_gated_mlp_is_not_widened() -> None:
     gated = MLP.replace("h = Gelu(ub)", "g0 = Sigmoid(ub) g1 = Tanh(ub) h = Mul(g0, g1)")
     assert widen_hidden(model(gated, **MLPS), T) == 0

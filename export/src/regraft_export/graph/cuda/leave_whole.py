@@ -11,12 +11,11 @@ becomes::
 
     x -> Cast -> regraft.whole           and the parts' names in the graph's metadata
 
-What pools one token of the cut reads it from the whole; what pools all of them keeps its Slice.
+What pools one token of the cut reads it from the whole, where it stands later by as many tokens as
+the cut leaves out before it; what pools all of them keeps its Slice.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -41,7 +40,7 @@ def leave_whole(graph: gs.Graph, tokens: int) -> dict[str, Part]:
     wholes: dict[int, gs.Variable] = {}
     outputs: list[gs.Variable] = []
     for output in graph.outputs:
-        found = _cut(output)
+        found = _cut(output, tokens)
         if found is None:
             outputs.append(output)
             continue
@@ -51,12 +50,12 @@ def leave_whole(graph: gs.Graph, tokens: int) -> dict[str, Part]:
             wholes[id(full)] = _leave(editor, full, ["batch", tokens, *output.shape[2:]])
             outputs.append(wholes[id(full)])
         parts[output.name] = Part(wholes[id(full)].name, start, stop)
-        _read_single_tokens_from(full, cut, stop - start)
+        _read_single_tokens_from(editor, full, cut, (start, stop))
     graph.outputs = outputs
     return parts
 
 
-def _cut(output: gs.Variable) -> tuple[gs.Node, int, int] | None:
+def _cut(output: gs.Variable, tokens: int) -> tuple[gs.Node, int, int] | None:
     """The Slice over tokens behind an output, and its bounds."""
     node = output.inputs[0] if output.inputs else None
     if node is not None and node.op == "Cast":
@@ -66,7 +65,9 @@ def _cut(output: gs.Variable) -> tuple[gs.Node, int, int] | None:
     bounds = [t.values.tolist() for t in node.inputs[1:] if isinstance(t, gs.Constant)]
     if len(bounds) != 3 or bounds[2] != [1]:
         return None
-    return node, int(bounds[0][0]), int(bounds[1][0])
+    start, stop = int(bounds[0][0]), int(bounds[1][0])
+    # Counted from the end, or to whatever the end is: the runtime wants numbers.
+    return (node, start, stop) if 0 <= start < stop <= tokens else None
 
 
 def _leave(editor: Editor, full: gs.Variable, shape: list[int | str]) -> gs.Variable:
@@ -79,7 +80,10 @@ def _leave(editor: Editor, full: gs.Variable, shape: list[int | str]) -> gs.Vari
     return whole
 
 
-def _read_single_tokens_from(full: gs.Variable, cut: gs.Node, tokens: int) -> None:
+def _read_single_tokens_from(
+    editor: Editor, full: gs.Variable, cut: gs.Node, bounds: tuple[int, int]
+) -> None:
+    start, stop = bounds
     for node in consumers(cut.outputs[0]):
         if (
             node.op != "Gather"
@@ -87,13 +91,15 @@ def _read_single_tokens_from(full: gs.Variable, cut: gs.Node, tokens: int) -> No
             or cut.outputs[0] is node.inputs[1]
         ):
             continue
-        if _below(node.inputs[1:], tokens):
+        index = node.inputs[1]
+        if isinstance(index, gs.Constant) and _below(index, stop - start):
             node.inputs[0] = full
+            if start:
+                # Not by the editor, which makes a vector of a single number.
+                later = np.asarray(index.values + start, index.values.dtype)
+                node.inputs[1] = gs.Constant(editor.names.new(f"{WHOLE}.token"), later)
 
 
-def _below(indices: Sequence[gs.Tensor], tokens: int) -> bool:
-    """Whether these are constants that count from the front."""
-    return all(
-        isinstance(t, gs.Constant) and bool(((t.values >= 0) & (t.values < tokens)).all())
-        for t in indices
-    )
+def _below(index: gs.Constant, tokens: int) -> bool:
+    """Whether it counts from the front."""
+    return bool(((index.values >= 0) & (index.values < tokens)).all())
