@@ -18,6 +18,7 @@ from regraft_export.graph.cuda.fold_layer_scale import fold_layer_scale
 from regraft_export.graph.cuda.fuse_attention import fuse_attention
 from regraft_export.graph.cuda.fuse_bias_gelu import fuse_bias_gelu
 from regraft_export.graph.cuda.fuse_skip_norm import fuse_skip_norm
+from regraft_export.graph.cuda.known_shapes import fix_shapes
 from regraft_export.graph.cuda.leave_whole import leave_whole
 from regraft_export.graph.cuda.maximum import maximum_by_topk
 from regraft_export.graph.cuda.move_value_bias import move_value_bias
@@ -124,6 +125,117 @@ def test_rotary_and_key_norm_keep_the_key_bias(middle: str) -> None:
     assert drop_key_bias(graph) == 0
     assert move_value_bias(graph) == 1
     np.testing.assert_allclose(run(graph), before, atol=1e-5)
+
+
+WHOLE_NORM = "kn = LayerNormalization<axis = -1>(k2, gamma) k3n = Reshape(kn, heads) "
+ROTATED = "kh = Transpose<perm = [0, 2, 1, 3]>(k3) kr = Mul(kh, cos) qr = Mul(q, cos) "
+# How an exporter turns the keys of any number of axes: by their own shape.
+TURNED = """sh = Shape(KEYS) n1 = Slice(sh, i1, big) n2 = Slice(sh, i2, i1) n0 = Slice(sh, low, i2)
+flat = Concat<axis = 0>(i1, n2, n1) back = Concat<axis = 0>(n0, n1, n2)
+kf = Reshape(KEYS, flat) kt = Transpose<perm = [0, 2, 1]>(kf) ku = Reshape(kt, back)
+k = Mul(ku, half) s = MatMul(QUERY, k) """
+TURNS = {
+    **{"i1": np.array([-1]), "i2": np.array([-2]), "low": np.array([-(2**63)])},
+    **{"big": np.array([2**63 - 1]), "half": np.array(0.5, np.float32)},
+}
+
+
+@pytest.mark.parametrize(
+    ("before_turn", "keys", "query", "shapes", "moves"),
+    [
+        (
+            WHOLE_NORM + "kh = Transpose<perm = [0, 2, 1, 3]>(k3n) ",
+            "kh",
+            "q",
+            {"kn": ("b", T, D), "kh": ("b", H, T, D // H)},
+            {},
+        ),
+        (
+            ROTATED,
+            "kr",
+            "qr",
+            {"kr": ("b", H, T, D // H), "qr": ("b", H, T, D // H)},
+            # Queries and keys were split before they were rotated.
+            {"Reshape": 4, "Transpose": 4},
+        ),
+    ],
+    ids=["norm", "rotary"],
+)
+def test_keys_are_taken_as_a_norm_or_a_rotation_left_them(
+    before_turn: str,
+    keys: str,
+    query: str,
+    shapes: dict[str, tuple[object, ...]],
+    moves: dict[str, int],
+) -> None:
+    middle = before_turn + TURNED.replace("KEYS", keys).replace("QUERY", query)
+    more = {**TURNS, "gamma": (D,), "cos": (1, 1, T, D // H)}
+    before, graph = run(attention(middle, **more)), attention(middle, **more)
+    assert fuse_attention(graph, H, T, shapes) == (1, [])
+    node = next(n for n in graph.nodes if n.op == "MultiHeadAttention")
+    assert node.attrs["scale"] == pytest.approx(0.5)
+    left = ops(graph)
+    assert "Shape" not in left
+    assert {op: left[op] for op in ("Reshape", "Transpose") if left[op]} == moves
+    np.testing.assert_allclose(run(graph), before, atol=1e-5)
+    # Where its shape is not known, the keys are taken as they enter the product.
+    other = attention(middle, **more)
+    assert fuse_attention(other, H, T) == (1, [])
+    assert ops(other)["Shape"] == 1
+    np.testing.assert_allclose(run(other), before, atol=1e-5)
+    assert fix_shapes(other, {keys: ("b", H, T, D // H)}) == 2
+    assert "Shape" not in ops(other)
+    np.testing.assert_allclose(run(other), before, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        "sh = Shape<start = 0, end = 1>(x) n = Concat<axis = 0>(sh, one, one) "
+        "c = Tile(probe, n) y = Add(c, x)",
+        "sh = Shape<start = 0, end = 1>(x) n = Concat<axis = 0>(sh, one, one) "
+        "c = Expand(probe, n) y = Add(c, x)",
+    ],
+    ids=["Tile", "Expand"],
+)
+def test_a_constant_is_repeated_without_a_computed_shape(nodes: str) -> None:
+    pixels = "float[b, 3, 4, 4] pixels, "
+    args = {"x": f"{pixels}float[b, {T}, {D}] x", "one": np.array([1]), "probe": (1, 1, D)}
+    feeds = {
+        "pixels": np.zeros((3, 3, 4, 4), np.float32),
+        "x": np.random.default_rng(1).normal(size=(3, T, D)).astype(np.float32),
+    }
+
+    def values(graph: gs.Graph) -> NDArray[np.float32]:
+        (value,) = graphs.run(write(graph, shapes_changed=True), feeds, optimize=False).values()
+        return np.asarray(value, np.float32)
+
+    before, graph = values(model(nodes, **args)), model(nodes, **args)
+    assert fix_shapes(graph, {"x": ("b", T, D)}) == 1
+    (shape,) = [node for node in graph.nodes if node.op == "Shape"]
+    assert [reader.op for reader in shape.outputs[0].outputs] == ["Expand"]
+    np.testing.assert_array_equal(values(graph), before)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "shapes"),
+    [
+        ("z = Neg(x) sh = Shape(z) y = Reshape(z, sh)", {}),  # of an unknown shape
+        ("sh = Shape(x) y = Reshape(x, sh)", {"x": ("b", "t", D)}),
+        # Two lengths depend on the batch; one -1 cannot stand for both.
+        ("sh = Shape(x) two = Concat<axis = 0>(n, n) u = Reshape(x, two) y = Add(x, x)", {}),
+        (
+            "t = ReduceSum<keepdims = 0>(x) ti = Cast<to = 7>(t) y = Reshape(x, ti)",
+            {"x": ("b", T, D)},
+        ),
+    ],
+)
+def test_shapes_that_are_not_known_are_left(
+    nodes: str, shapes: dict[str, tuple[object, ...]]
+) -> None:
+    nodes = nodes.replace("two = Concat", "n = Slice(sh, zero, one) two = Concat")
+    graph = model(nodes, zero=np.array([0]), one=np.array([1]))
+    assert fix_shapes(graph, shapes or {"other": ("b", T, D)}) == 0
 
 
 def test_a_norm_before_the_projection_keeps_the_value_bias() -> None:

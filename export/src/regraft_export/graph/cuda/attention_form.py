@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from regraft_export.graph.cuda.layout import (
     BATCH,
+    Chain,
     chain_to,
     indices_of,
     moved_from,
@@ -17,20 +19,25 @@ from regraft_export.graph.cuda.layout import (
 )
 from regraft_export.graph.document import consumers
 
+Shapes = Mapping[str, tuple[object, ...]]
+
 
 @dataclass(frozen=True)
 class Projection:
     """Where queries, keys or values come from.
 
     Attributes:
-        heads: as they enter the products: (B, H, T, d), keys (B, H, d, T), scaled.
+        heads: split into heads; ``order`` brings it to (B, T, H, d).
+        order: a permutation.
         inputs: (B, T, D), where they are a linear product of it and nothing else; else None.
         weight: (D, H * d), its columns in the order of heads.
         bias: (H * d,) in the same order, or None.
-        linear: (B, T, H * d), the product as the graph has it, if its columns are in that order.
+        linear: (B, T, H * d) as the graph has it, if its columns are in that order: the product,
+            or what a norm made of it.
     """
 
     heads: gs.Variable
+    order: tuple[int, ...]
     inputs: gs.Variable | None = None
     weight: NDArray[np.generic] | None = None
     bias: NDArray[np.generic] | None = None
@@ -46,7 +53,7 @@ class Attention:
         query: of (B, H, T, d).
         key: of (B, H, d, T).
         value: of (B, H, T, d).
-        scale: of the scores; those of chains that are no linear product are inside ``heads``.
+        scale: of the scores.
         output: (B, T, H * d), heads merged again.
         heads: H.
     """
@@ -60,7 +67,9 @@ class Attention:
     heads: int
 
 
-def attention_at(graph: gs.Graph, softmax: gs.Node, heads: int, tokens: int) -> Attention | str:
+def attention_at(
+    graph: gs.Graph, softmax: gs.Node, heads: int, tokens: int, shapes: Shapes
+) -> Attention | str:
     """Reads the self-attention of a softmax.
 
     Args:
@@ -68,6 +77,7 @@ def attention_at(graph: gs.Graph, softmax: gs.Node, heads: int, tokens: int) -> 
         softmax: over the keys.
         heads: H.
         tokens: T, registers included.
+        shapes: tensor name -> shape, as far as known.
 
     Returns:
         The attention, or why it is in a form that is not known.
@@ -86,41 +96,71 @@ def attention_at(graph: gs.Graph, softmax: gs.Node, heads: int, tokens: int) -> 
     if len(readers) != 1 or readers[0].inputs[0] is not probabilities:
         return f"{len(readers)} MatMul nodes read its probabilities; expected one, with the values"
     output = moved_from(readers[0].outputs[0])
-    query, q_scale = _projection(graph, product.inputs[0], heads, tokens, (0, 1, 2, 3))
-    key, k_scale = _projection(graph, product.inputs[1], heads, tokens, (0, 1, 3, 2))
-    value, v_scale = _projection(graph, readers[0].inputs[1], heads, tokens, (0, 1, 2, 3))
-    if value.inputs is not None and v_scale != 1.0:
+    size = (heads, tokens)
+    query, q_scale = _projection(graph, product.inputs[0], size, (0, 1, 2, 3), shapes)
+    key, k_scale = _projection(graph, product.inputs[1], size, (0, 1, 3, 2), shapes)
+    value, v_scale = _projection(graph, readers[0].inputs[1], size, (0, 1, 2, 3), shapes)
+    if v_scale != 1.0:
         return f"its values are multiplied by {v_scale}; expected them as they are"
     width = _merged_width(graph, readers[0].outputs[0], output, heads, tokens, value)
     if width is None:
         return "its heads are not merged into (batch, tokens, heads * size) afterwards"
-    scales = scale * (q_scale if query.inputs else 1.0) * (k_scale if key.inputs else 1.0)
-    return Attention(softmax, query, key, value, scales, output, heads)
+    return Attention(softmax, query, key, value, scale * q_scale * k_scale, output, heads)
 
 
 def _projection(
-    graph: gs.Graph, end: gs.Variable, heads: int, tokens: int, order: tuple[int, ...]
+    graph: gs.Graph,
+    end: gs.Variable,
+    size: tuple[int, int],
+    order: tuple[int, ...],
+    shapes: Shapes,
 ) -> tuple[Projection, float]:
-    """Reads one side; ``order`` brings it to (B, H, T, d)."""
-    chain = chain_to(end)
+    """Reads one side, and the scalar factors on its way; ``order`` brings it to (B, H, T, d)."""
+    chain, (heads, tokens) = chain_to(end), size
+    merge = tuple(order[i] for i in (0, 2, 1, 3))
     product, bias = _linear(chain.source)
     if product is None:
-        return Projection(end), 1.0
+        return _nonlinear(graph, chain, size, order, shapes) or (Projection(end, merge), 1.0)
     weight = product.inputs[1].values
     shape = (BATCH, tokens, weight.shape[1])
     found = indices_of(graph, chain.source, end, shape)
     columns = None if found is None else _columns(found, order, heads, shape)
     if columns is None:
-        return Projection(end), 1.0
+        return Projection(end, merge), 1.0
     whole = np.array_equal(columns, np.arange(weight.shape[1]))
     projection = Projection(
         heads=end,
+        order=merge,
         inputs=product.inputs[0],
         weight=weight if whole else np.ascontiguousarray(weight[:, columns]),
         bias=None if bias is None else bias.values.reshape(-1)[columns],
         linear=chain.source if whole else None,
     )
     return projection, chain.scale
+
+
+def _nonlinear(
+    graph: gs.Graph, chain: Chain, size: tuple[int, int], order: tuple[int, ...], shapes: Shapes
+) -> tuple[Projection, float] | None:
+    """A side that a norm or a rotation made, before it was moved about: in the form that it has."""
+    _, *inner = shapes.get(chain.source.name) or [None]
+    if chain.source is chain.end or not all(isinstance(n, int) and n > 0 for n in inner):
+        return None
+    shape = (BATCH, *(int(str(n)) for n in inner))
+    found = indices_of(graph, chain.source, chain.end, shape)
+    if found is None:
+        return None
+    heads, tokens = size
+    merge = tuple(order[i] for i in (0, 2, 1, 3))
+    if len(shape) == 3:
+        columns = _columns(found, order, heads, shape)
+        if columns is not None and np.array_equal(columns, np.arange(shape[2])):
+            return Projection(chain.end, merge, linear=chain.source), chain.scale
+    elif len(shape) == 4 and shape[:3] == (BATCH, heads, tokens):
+        split = found.reshape(BATCH, heads, *found.shape[-2:]).transpose(order)
+        if np.array_equal(split, np.arange(split.size).reshape(shape)):
+            return Projection(chain.source, (0, 2, 1, 3)), chain.scale
+    return None
 
 
 def _linear(value: gs.Tensor) -> tuple[gs.Node | None, gs.Constant | None]:
@@ -141,7 +181,7 @@ def _linear(value: gs.Tensor) -> tuple[gs.Node | None, gs.Constant | None]:
 
 
 def _columns(
-    found: NDArray[np.int64], order: tuple[int, ...], heads: int, shape: tuple[int, int, int]
+    found: NDArray[np.int64], order: tuple[int, ...], heads: int, shape: tuple[int, ...]
 ) -> NDArray[np.int64] | None:
     """The columns of the product, head by head; None unless images and tokens stay in place."""
     batch, tokens, width = shape

@@ -23,6 +23,7 @@ from regraft_export.graph.cuda.fuse_attention import DOMAIN, fuse_attention
 from regraft_export.graph.cuda.fuse_bias_gelu import fuse_bias_gelu
 from regraft_export.graph.cuda.fuse_skip_norm import fuse_skip_norm
 from regraft_export.graph.cuda.gate_operator import gate_by_operator
+from regraft_export.graph.cuda.known_shapes import fix_shapes
 from regraft_export.graph.cuda.leave_whole import leave_whole
 from regraft_export.graph.cuda.maximum import maximum_by_topk
 from regraft_export.graph.cuda.move_value_bias import move_value_bias
@@ -149,7 +150,8 @@ def fuse_built(
     shapes = _shapes(proto)
     graph = read(proto)
     patches, entered = _enter(graph, traced, choices)
-    attentions, left = fuse_attention(graph, layout.heads, tokens)
+    attentions, left = fuse_attention(graph, layout.heads, tokens, shapes)
+    fix_shapes(graph, shapes)
     keys = drop_key_bias(graph) if choices.biases else 0
     values = move_value_bias(graph) if choices.biases else 0
     gates = gate_by_operator(graph, tokens) if choices.operators else 0

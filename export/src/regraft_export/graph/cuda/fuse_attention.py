@@ -11,8 +11,9 @@ becomes::
     x -> MatMul Wv -> Add -/
 
 so that no Split kernel stands between (0.59 of 7.38 ms of a ViT-B/16 at batch 64 on an H200).
-Where a side is more than a linear product (rotary embedding, a norm of queries and keys), its heads
-are merged again by a Transpose and a Reshape.
+Where a side is more than a linear product (rotary embedding, a norm of queries and keys), it is
+taken as soon as that has been computed, and its heads, if it has any by then, are merged by a
+Transpose and a Reshape.
 
 Probabilities that leave the graph are computed beside it from the same queries and keys.
 """
@@ -22,20 +23,23 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from regraft_export.graph.cuda.attention_form import Attention, Projection, attention_at
+from regraft_export.graph.cuda.attention_form import Attention, Projection, Shapes, attention_at
 from regraft_export.graph.document import Editor, consumers, dtype_of, replace_uses
 
 DOMAIN = "com.microsoft"
 OP = "MultiHeadAttention"
 
 
-def fuse_attention(graph: gs.Graph, heads: int, tokens: int) -> tuple[int, list[str]]:
+def fuse_attention(
+    graph: gs.Graph, heads: int, tokens: int, shapes: Shapes | None = None
+) -> tuple[int, list[str]]:
     """Fuses every self-attention.
 
     Args:
         graph: changed in place.
         heads: H.
         tokens: T, registers included.
+        shapes: tensor name -> shape, as far as known.
 
     Returns:
         How many were fused, and one line for each softmax that was not, with the reason.
@@ -43,7 +47,7 @@ def fuse_attention(graph: gs.Graph, heads: int, tokens: int) -> tuple[int, list[
     graph.toposort()
     fused, left = 0, []
     for softmax in [node for node in graph.nodes if node.op == "Softmax"]:
-        found = attention_at(graph, softmax, heads, tokens)
+        found = attention_at(graph, softmax, heads, tokens, shapes or {})
         if isinstance(found, str):
             left.append(f"node {softmax.name!r}: {found}")
         else:
@@ -55,9 +59,9 @@ def fuse_attention(graph: gs.Graph, heads: int, tokens: int) -> tuple[int, list[
 def _fuse(graph: gs.Graph, attention: Attention) -> None:
     editor, stem = Editor(graph), f"regraft.cuda.{attention.softmax.name}"
     sides = [
-        _merged(editor, f"{stem}.query", attention.query, (0, 2, 1, 3)),
-        _merged(editor, f"{stem}.key", attention.key, (0, 3, 1, 2)),
-        _merged(editor, f"{stem}.value", attention.value, (0, 2, 1, 3)),
+        _merged(editor, f"{stem}.query", attention.query),
+        _merged(editor, f"{stem}.key", attention.key),
+        _merged(editor, f"{stem}.value", attention.value),
     ]
     attrs = {"num_heads": attention.heads, "scale": float(attention.scale)}
     output = editor.node(OP, f"{stem}.attention", sides, attrs, domain=DOMAIN)
@@ -69,12 +73,12 @@ def _fuse(graph: gs.Graph, attention: Attention) -> None:
         replace_uses(graph, probabilities, again)
 
 
-def _merged(editor: Editor, stem: str, side: Projection, order: tuple[int, ...]) -> gs.Variable:
+def _merged(editor: Editor, stem: str, side: Projection) -> gs.Variable:
     """(B, T, H * d) of one side."""
     if side.linear is not None:
         return side.linear
     if side.inputs is None or side.weight is None:
-        moved = editor.node("Transpose", f"{stem}.merge", [side.heads], {"perm": list(order)})
+        moved = editor.node("Transpose", f"{stem}.merge", [side.heads], {"perm": list(side.order)})
         shape = np.array([0, 0, -1], dtype=np.int64)
         return editor.node("Reshape", stem, [moved, editor.constant(f"{stem}.shape", shape)])
     weight = editor.constant(f"{stem}.weight", side.weight)

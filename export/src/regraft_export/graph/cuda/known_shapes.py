@@ -1,0 +1,109 @@
+"""Rewrite: shapes that a graph computes, though all but the batch is known, become constants.
+
+ONNX Runtime computes shapes on the CPU, which ``ort-cuda`` does not allow. Every tensor's shape is
+known here but for the number of images, so::
+
+    x -> Shape -> Slice, Concat -> Reshape's target         becomes a constant, with -1 for images
+    c -> Tile or Expand to the number of images             becomes c -> Expand (Shape (images))
+
+with images (B, 1, 1), cut from the pixels; a Shape that only Expand reads stays beside the card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from regraft_export.graph.cuda.layout import compute
+from regraft_export.graph.document import Editor, ancestors
+
+Shapes = Mapping[str, tuple[object, ...]]
+_BATCHES = (2, 3)
+_ARITHMETIC = (
+    *("Shape", "Slice", "Concat", "Gather", "Cast", "Squeeze", "Unsqueeze", "Reshape"),
+    *("Add", "Sub", "Mul", "Div", "Identity"),
+)
+
+
+def fix_shapes(graph: gs.Graph, shapes: Shapes) -> int:
+    """Rewrites every target of a Reshape, and every repetition of a constant for each image.
+
+    Args:
+        graph: changed in place.
+        shapes: tensor name -> shape, as far as known; a name stands for the number of images.
+
+    Returns:
+        How many nodes were given a constant.
+    """
+    graph.toposort()
+    done = 0
+    for node in list(graph.nodes):
+        if node.op not in ("Reshape", "Tile", "Expand") or isinstance(node.inputs[1], gs.Constant):
+            continue
+        found = [_value(graph, node.inputs[1], shapes, batch) for batch in _BATCHES]
+        if any(value is None for value in found):
+            continue
+        two, three = (np.asarray(value, np.int64).reshape(-1) for value in found)
+        differs = np.flatnonzero(two != three)
+        if node.op == "Reshape" and len(differs) <= 1 and not (two == -1)[differs].any():
+            target = two.copy()
+            target[differs] = -1
+            if (target == -1).sum() <= 1:
+                node.inputs[1] = Editor(graph).constant(f"{node.name}.known", target)
+                done += 1
+        elif two.tolist() == [2, 1, 1] and three.tolist() == [3, 1, 1]:
+            node.op = "Expand"
+            node.inputs[1] = _images(graph)
+            done += 1
+    graph.cleanup().toposort()
+    return done
+
+
+def _value(
+    graph: gs.Graph, target: gs.Tensor, shapes: Shapes, batch: int
+) -> NDArray[np.generic] | None:
+    """A shape's value for so many images; None if it depends on more than shapes."""
+    nodes = ancestors(target, stop=[])
+    sources = [n for n in nodes if n.op == "Shape"]
+    for source in sources:
+        nodes = [n for n in nodes if n not in ancestors(source.inputs[0], stop=[])]
+    if not sources or any(n.op not in _ARITHMETIC or n.domain for n in nodes):
+        return None
+    given: dict[str, NDArray[np.generic]] = {}
+    for source in sources:
+        value = source.inputs[0]
+        known = shapes.get(value.name) or value.shape
+        lengths = _lengths(known, batch)
+        if lengths is None:
+            return None
+        given[value.name] = np.zeros(lengths, np.float32)
+    return compute(graph, nodes, target, given)
+
+
+def _lengths(shape: object, batch: int) -> tuple[int, ...] | None:
+    if not isinstance(shape, tuple | list) or not shape:
+        return None
+    first, *inner = shape
+    fixed = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in inner)
+    return (batch if isinstance(first, str) else first, *inner) if fixed else None
+
+
+def _images(graph: gs.Graph) -> gs.Variable:
+    """The shape (B, 1, 1), where Expand wants it."""
+    stem = "regraft.cuda.one_for_each_image"
+    known = graph.tensors().get(f"{stem}.shape.out")
+    if isinstance(known, gs.Variable):
+        return known
+    editor, pixels = Editor(graph), graph.inputs[0]
+    numbers = {"from": [0, 0, 0], "to": [1, 1, 1], "axes": [1, 2, 3]}
+    bounds = [
+        editor.constant(f"{stem}.{name}", np.array(value, np.int64))
+        for name, value in numbers.items()
+    ]
+    cut = editor.node("Slice", f"{stem}.cut", [pixels, *bounds])
+    flat = editor.constant(f"{stem}.flat", np.array([-1, 1, 1], np.int64))
+    one = editor.node("Reshape", stem, [cut, flat])
+    return editor.node("Shape", f"{stem}.shape", [one], dtype=np.int64)
