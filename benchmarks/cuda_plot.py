@@ -1,8 +1,8 @@
 """The table and the picture of what ``benchmarks.cuda_overhead`` measured.
 
 Run as ``python -m benchmarks.cuda_plot``; needs no card. Over the unpatched graph stand, for each
-model, its settings and batch size, the redirect, its variant without a reduction, and the paper
-taken literally.
+model, its settings and batch size, the redirect, its variant without a reduction, both also with
+regraft's own operators, and the paper taken literally.
 """
 
 from __future__ import annotations
@@ -18,9 +18,21 @@ from matplotlib import pyplot
 from benchmarks.cuda_overhead import _key, _rows
 from benchmarks.machine import RESULTS
 
-RIVALS = {"patched": "#2563eb", "constant": "#0f9d8a", "literal": "#9aa5b1"}
+RIVALS = {
+    "literal": "#9aa5b1",
+    "patched": "#2563eb",
+    "patched, operators": "#93b4f5",
+    "constant": "#0f766e",
+    "constant, operators": "#7fd1c4",
+}
+_WIDTH = 0.84 / len(RIVALS)
 _COLUMNS = 5  # panels in a row
-NAMES = {"constant": "value = constant", "literal": "the paper, literally"}
+NAMES = {
+    "literal": "the paper, literally",
+    "patched, operators": "patched, own operators",
+    "constant": "value = constant",
+    "constant, operators": "value = constant, own operators",
+}
 
 
 def main() -> None:
@@ -49,7 +61,7 @@ def _plot(cells: list[dict[str, Any]], path: Path) -> None:
     columns = min(len(panels), _COLUMNS)
     rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=(3 * columns, 3.4 * rows), sharey=True, squeeze=False,
+        rows, columns, figsize=(3.4 * columns, 3.4 * rows), sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for axis, chosen in zip(axes.flat, panels.values(), strict=False):
@@ -68,7 +80,7 @@ def _plot(cells: list[dict[str, Any]], path: Path) -> None:
         bars.keys(),
         fontsize=7,
         frameon=False,
-        ncols=3,
+        ncols=5,
         loc="outside lower center",
     )
     devices = dict.fromkeys(c["engine"]["device"] for p in panels.values() for c in p)
@@ -81,10 +93,10 @@ def _panel(axis: Any, cells: list[dict[str, Any]]) -> None:
         known = [(x, c["rivals"][rival]) for x, c in enumerate(cells) if rival in c["rivals"]]
         if not known:
             continue
-        places = [x + 0.27 * (i - 1) for x, _ in known]
+        places = [x + _WIDTH * (i - (len(RIVALS) - 1) / 2) for x, _ in known]
         heights = [100 * (figures["over_baseline"][0] - 1) for _, figures in known]
-        bars = axis.bar(places, heights, 0.25, color=colour, label=NAMES.get(rival, rival))
-        axis.bar_label(bars, fmt="%.1f", fontsize=6, padding=2)
+        bars = axis.bar(places, heights, _WIDTH, color=colour, label=NAMES.get(rival, rival))
+        axis.bar_label(bars, fmt="%.1f", fontsize=4.5, padding=1)
     first = cells[0]
     about = f"{first['tokens']} tokens, {first['precision']}, {first['neurons']} neurons in"
     layers = f"{len(first['touched_layers'])} of {first['blocks']} blocks"

@@ -139,8 +139,7 @@ class OrtCudaEngine(Engine):
         cuda = Cuda(engine=self.name)
         stream = cuda.stream()
         try:
-            library = self._library(graph)
-            session = _session(ort, graph, int(stream), options, library, self.precision)
+            session = _session(ort, graph, int(stream), options, self._library(graph))
             if PROVIDER not in session.get_providers():
                 hints = " ".join(said.split()) or "see the log of onnxruntime"
                 raise EngineError(
@@ -224,12 +223,7 @@ class OrtCudaEngine(Engine):
 
 
 def _session(
-    ort: Any,
-    graph: Path,
-    stream: int,
-    options: EngineOptions,
-    library: Path | None,
-    precision: str,
+    ort: Any, graph: Path, stream: int, options: EngineOptions, library: Path | None
 ) -> Any:
     settings = ort.SessionOptions()
     if library is not None:
@@ -243,8 +237,6 @@ def _session(
         "enable_cuda_graph": "1" if options.optimize else "0",
         "arena_extend_strategy": "kSameAsRequested",
         "cudnn_conv_algo_search": "HEURISTIC",
-        # Means and variances in float32: summed in bf16 they cost the shipped ViT 2.6e-2.
-        "enable_skip_layer_norm_strict_mode": "1" if precision == "bf16" else "0",
     }
     # The fusion makes one Split of the cuts at the end, which copies tables to the card in every
     # run. enable_fallback: its Python layer would open the session on the CPU and only print so.
