@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import signal
 import socket
 import threading
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from tests.support.server import Server, serving, tensor
 
+from regraft.commands.serve import HOST_VARIABLE
 from regraft.serve import lifecycle
 
 SIZE = 16
@@ -27,6 +29,26 @@ def test_signals_end_it_with_0(pristine_bundle: Path, number: signal.Signals) ->
         assert server.stop(number) == 0
         time.sleep(0.1)
         assert not server.lines
+
+
+@pytest.mark.parametrize("host", [None, "0.0.0.0"])
+def test_the_environment_may_say_where_to_listen(pristine_bundle: Path, host: str | None) -> None:
+    variables = {k: v for k, v in os.environ.items() if k != HOST_VARIABLE}
+    env = variables if host is None else {**variables, HOST_VARIABLE: host}
+    with serving(pristine_bundle, "--grpc-port", 0, env=env) as server:
+        for port in (server.port, server.grpc_port):
+            try:  # this machine as well, but not the address of the default
+                socket.create_connection(("127.0.0.2", port), timeout=20).close()
+                reached = True
+            except ConnectionRefusedError:
+                reached = False
+            assert reached == (host is not None)
+    option = ("--host", "127.0.0.1")  # is stronger
+    with (
+        serving(pristine_bundle, *option, env=env) as server,
+        pytest.raises(ConnectionRefusedError),
+    ):
+        socket.create_connection(("127.0.0.2", server.port), timeout=20)
 
 
 def test_connections_send_answers_at_once() -> None:
