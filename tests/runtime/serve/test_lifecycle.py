@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -11,13 +12,16 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
 from tests.support.server import Server, serving, tensor
 
 from regraft.commands.serve import HOST_VARIABLE
 from regraft.serve import lifecycle
+from regraft.serve.http_protocol import protocol
 
 SIZE = 16
 Regraft = Callable[..., tuple[int, str, str]]
@@ -99,6 +103,36 @@ def test_a_drain_answers_everything(pristine_bundle: Path) -> None:
         assert server.process.wait(30) == 0
     assert len(outcomes) > 20
     assert set(outcomes) == {"200"}
+
+
+def test_connections_that_were_not_taken_yet_are_answered() -> None:
+    listener = lifecycle._listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"answered"})
+
+    async def end() -> list[socket.socket]:
+        config = uvicorn.Config(
+            application, http=protocol(20.0), lifespan="off", log_config=None, loop="none"
+        )
+        config.load()
+        server = lifecycle._Uvicorn(config)
+        server.lifespan = config.lifespan_class(config)
+        await server.startup([listener])
+        # As long as this function does not wait, nobody accepts.
+        clients = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(3)]
+        for client in clients:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await server.shutdown([listener])
+        return clients
+
+    for client in asyncio.run(end()):
+        with client:
+            assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=20)
 
 
 def test_a_connection_made_before_the_end_may_still_ask(pristine_bundle: Path) -> None:
