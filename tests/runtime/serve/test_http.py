@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import socket
@@ -163,7 +164,7 @@ def changed(**fields: Any) -> dict[str, Any]:
 
 BAD_JSON: dict[str, tuple[Any, str]] = {
     "not JSON": ("{", "failed to parse the request JSON"),
-    "not UTF-8": (b"\xff\xfe\x00", "failed to parse the request JSON"),
+    "not UTF-8": (b"\xff\xfe\x00", "needs the header Inference-Header-Content-Length: 0"),
     "deep": ("[" * 200_000, "failed to parse the request JSON"),
     "a list": ([], "the request is []; expected an object"),
     "no inputs": ({}, "the request has no 'inputs'"),
@@ -261,6 +262,12 @@ def test_bad_images_are_named_by_index(server: Server, photos: list[Path]) -> No
         assert reply.document["error"].startswith("input 'images', image 1: ")
         assert reason in reply.document["error"]
         assert " object at 0x" not in reply.document["error"]
+    image = {"name": "images", "shape": [1, 1], "datatype": "BYTES"}
+    image["data"] = [base64.b64encode(good).decode()]
+    reply = server.infer("small_images", {"inputs": [image]})
+    assert (reply.status, '"base64": true' in reply.document["error"]) == (400, True)
+    reply = server.infer("small_images", {"inputs": [{**image, "parameters": {"base64": True}}]})
+    assert reply.status == 200
     for elements, its in ((strings(good)[:-1], "incomplete string data"), (b"\1\0", "incomplete")):
         body, headers = binary_request("images", "BYTES", (1, 1), elements)
         assert its in server.infer("small_images", body, **headers).document["error"]
