@@ -20,10 +20,11 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from benchmarks.oip import bytes_tensor, grpc_request
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.runtime.serve.test_http import assert_features
-from tests.support.grpc_client import Client, infer_request, pixels_request
-from tests.support.server import Server, serving, strings, tensor
+from tests.support.grpc_client import Client, pixels_request
+from tests.support.server import Server, serving, tensor
 
 from regraft import Extractor
 from regraft.images import decode
@@ -97,7 +98,7 @@ def test_health_metadata_and_configuration_are_those_of_http(
 
 def test_raw_and_typed_contents(client: Client, extractor: Extractor, pixels: np.ndarray) -> None:
     assert_features(client.infer(pixels_request("small", pixels)), extractor, pixels)
-    typed = infer_request(
+    typed = grpc_request(
         *("small", "pixel_values", "FP32", pixels.shape),
         contents={"fp32_contents": pixels.ravel().tolist()},
     )
@@ -130,9 +131,9 @@ def test_outputs_asked_for_and_halves(client: Client, pixels: np.ndarray) -> Non
 
 def test_images(client: Client, extractor: Extractor, photos: list[Path]) -> None:
     files = [path.read_bytes() for path in photos[:3]]
-    raw = infer_request("small_images", "images", "BYTES", (3, 1), strings(*files))
+    raw = grpc_request("small_images", "images", "BYTES", (3, 1), bytes_tensor(*files))
     assert_features(client.infer(raw), extractor, photos[:3])
-    typed = infer_request(
+    typed = grpc_request(
         "small_images", "images", "BYTES", (3, 1), contents={"bytes_contents": files}
     )
     assert_features(client.infer(typed), extractor, photos[:3])
@@ -142,7 +143,7 @@ def test_images(client: Client, extractor: Extractor, photos: list[Path]) -> Non
         {"raw": stacked.tobytes()},
         {"contents": {"uint_contents": stacked.ravel().tolist()}},
     ):
-        request = infer_request("small_images", "images", "UINT8", stacked.shape, **form)
+        request = grpc_request("small_images", "images", "UINT8", stacked.shape, **form)
         assert_features(client.infer(request), extractor, arrays)
 
 
@@ -160,7 +161,7 @@ def one(**changes: Any) -> Any:
     """A good request of one image, changed."""
     fields = {"name": "pixel_values", "datatype": "FP32", "shape": ONE.shape, "raw": ONE.tobytes()}
     fields.update(changes)
-    return infer_request(fields.pop("model", "small"), **fields)
+    return grpc_request(fields.pop("model", "small"), **fields)
 
 
 NAN = np.where(np.arange(ONE.size).reshape(ONE.shape) == 5, np.nan, ONE).astype(np.float32)
@@ -251,11 +252,11 @@ BAD: dict[str, tuple[Any, str, str]] = {
         *(INVALID, "parameter 'output_datatype' is 'INT8'; expected FP32 or FP16"),
     ),
     "no image": (
-        infer_request("small_images", "images", "BYTES", (1, 1), strings(b"no image")),
+        grpc_request("small_images", "images", "BYTES", (1, 1), bytes_tensor(b"no image")),
         *(INVALID, "input 'images', image 0: is not an image file"),
     ),
     "elements cut short": (
-        infer_request("small_images", "images", "BYTES", (1, 1), b"\1\0"),
+        grpc_request("small_images", "images", "BYTES", (1, 1), b"\1\0"),
         *(INVALID, "incomplete string length"),
     ),
     "many fields": (b"\x78\x00" * 5000, INVALID, "more than 4096 fields"),
