@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import time
 import urllib.error
@@ -275,6 +276,31 @@ def test_it_serves_with_a_read_only_root_and_its_health_check_sees_it(sandbox: S
                 assert answer.status == 200
     finally:
         process.terminate()
+        process.wait(timeout=30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_cleanly_as_the_first_process(
+    sandbox: Sandbox, number: signal.Signals
+) -> None:
+    """As a container's only process it has number 1, which ignores what it does not handle."""
+    words = [sandbox.words[0], "--as-pid-1", *sandbox.words[1:]]
+    command = [*sandbox.settings["Entrypoint"], *sandbox.settings["Cmd"], "--port", str(PORT)]
+    process = subprocess.Popen(
+        [*words, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr is not None
+        assert " on http://0.0.0.0:" in process.stderr.readline()
+        (first,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        status = Path(f"/proc/{first}/status").read_text()
+        assert re.search(r"^NSpid:\s.*\b1$", status, re.MULTILINE), status
+        os.kill(int(first), number)
+        said = process.communicate(timeout=30)
+        assert (process.returncode, *said) == (0, "", "")
+    finally:
+        process.kill()
         process.wait(timeout=30)
 
 
