@@ -24,8 +24,9 @@ _call = on_ray._Actor.__call__
 
 
 def _slowly(self: on_ray._Actor, table: Any) -> Any:
-    # The small ViT is done with a shard before the next one is decoded; one actor would do it all.
-    time.sleep(0.5)
+    # The small ViT is done with a shard before Ray has the next one decoded, and one actor would do
+    # it all.
+    time.sleep(1)
     return _call(self, table)
 
 
