@@ -2,6 +2,8 @@
 #   docker build -t regraft .
 #   docker build -t regraft-gpu --target runtime-gpu .
 #   docker build -t regraft-export --target export .
+# Debian keeps one version of a package at a time, so a pinned one would soon not be found.
+# hadolint global ignore=DL3008
 ARG BASE=docker.io/library/debian:13.1-slim
 ARG GPU_BASE=docker.io/nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04
 
@@ -54,30 +56,36 @@ WORKDIR /work
 ENTRYPOINT ["regraft"]
 CMD ["--help"]
 
-# The base brings CUDA and cuDNN; onnxruntime-gpu takes them from there.
+# The same over a base that brings CUDA and cuDNN; onnxruntime-gpu takes them from there.
 FROM ${GPU_BASE} AS gpu
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 python3-venv \
+    && apt-get install --yes --no-install-recommends python3 \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
     && groupadd --gid 10001 regraft \
     && useradd --uid 10001 --gid 10001 --home-dir /cache --no-create-home regraft \
-    && install --directory --owner=10001 --group=10001 --mode=0700 /cache \
+    && install --directory --owner=10001 --group=10001 --mode=0700 /cache
+
+FROM gpu AS install-gpu
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends python3-venv \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
     && python3 -m venv /opt/pip \
     && python3 -m venv --without-pip /opt/regraft
 # Where the network has certificate authorities of its own, as above.
 ARG PIP_CERT=
+ENV PIP_CERT=${PIP_CERT}
+ENV PIP="/opt/pip/bin/pip --python /opt/regraft/bin/python --no-cache-dir --disable-pip-version-check"
 WORKDIR /build
 COPY constraints.txt ./
 COPY runtime/pyproject.toml runtime/LICENSE runtime/
 RUN mkdir -p runtime/src/regraft && touch runtime/src/regraft/__init__.py \
-    && /opt/pip/bin/pip --python /opt/regraft/bin/python --no-cache-dir install \
-        --constraint constraints.txt './runtime[cuda,grpc]' \
+    && ${PIP} install --constraint constraints.txt './runtime[cuda,grpc]' \
     && rm -rf runtime
 COPY runtime runtime
-RUN /opt/pip/bin/pip --python /opt/regraft/bin/python --no-cache-dir install \
-        --no-deps --force-reinstall ./runtime
+RUN ${PIP} install --no-deps --force-reinstall ./runtime
 
 FROM gpu AS runtime-gpu
+COPY --from=install-gpu /opt/regraft /opt/regraft
 ENV PATH=/opt/regraft/bin:${PATH} REGRAFT_CACHE=/cache HOME=/cache PYTHONDONTWRITEBYTECODE=1 \
     REGRAFT_HOST=0.0.0.0
 USER 10001:10001

@@ -11,17 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.served import (
-    PATIENCE,
-    Array,
-    Served,
+from benchmarks.oip import (
     grpc_arrays,
-    grpc_body,
+    grpc_call,
     grpc_channel,
-    grpc_infer,
+    grpc_request,
     http_arrays,
-    http_body,
+    http_request,
 )
+from benchmarks.served import PATIENCE, Array, Served
 
 OUTPUT = "pooler_output"
 Ask = Callable[[], Array]
@@ -75,13 +73,14 @@ def load_with(
 @contextmanager
 def over_http(server: Served, pixels: Array) -> Iterator[Ask]:
     """A client over HTTP, for the pooled output of these pixels."""
-    body, headers = http_body("pixel_values", "FP32", pixels.shape, pixels.tobytes(), [OUTPUT])
+    body, headers = http_request(*_input(pixels), outputs=[{"name": OUTPUT}])
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
 
     def ask() -> Array:
         connection.request("POST", "/v2/models/vit/infer", body, headers)
         answer = connection.getresponse()
-        return http_arrays(answer, answer.read())[OUTPUT]
+        named = {name.lower(): value for name, value in answer.getheaders()}
+        return http_arrays(named, answer.read())[OUTPUT]
 
     yield ask
     connection.close()
@@ -90,9 +89,13 @@ def over_http(server: Served, pixels: Array) -> Iterator[Ask]:
 @contextmanager
 def over_grpc(server: Served, pixels: Array) -> Iterator[Ask]:
     """The same over gRPC."""
-    raw = pixels.tobytes()
-    body = grpc_body("vit", "pixel_values", "FP32", pixels.shape, raw, [OUTPUT])
+    request = grpc_request("vit", *_input(pixels), outputs=[{"name": OUTPUT}])
+    body = request.SerializeToString()
     channel = grpc_channel(server.grpc_port)
-    call = grpc_infer(channel)
+    call = grpc_call(channel)
     yield lambda: grpc_arrays(call(body, timeout=PATIENCE))[OUTPUT]
     channel.close()
+
+
+def _input(pixels: Array) -> tuple[str, str, tuple[int, ...], bytes]:
+    return "pixel_values", "FP32", pixels.shape, pixels.tobytes()

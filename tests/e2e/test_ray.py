@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +41,9 @@ def python() -> Path:
     return environments.environment("ray", [*environments.RUNTIME, "ray[data]==2.60.0"])
 
 
-@pytest.fixture(scope="module")
-def address(python: Path) -> Iterator[str]:
+@contextmanager
+def cluster(python: Path) -> Iterator[str]:
+    """The address of two nodes."""
     process = subprocess.Popen(
         [python, HERE / "ray_cluster.py"],
         stdin=subprocess.PIPE,
@@ -57,20 +60,27 @@ def address(python: Path) -> Iterator[str]:
     process.communicate(timeout=120)
 
 
+@pytest.fixture(scope="module")
+def address(python: Path) -> Iterator[str]:
+    with cluster(python) as found:
+        yield found
+
+
+def started(python: Path, address: str, *words: object) -> subprocess.Popen[str]:
+    """Python in the environment, which knows the cluster."""
+    return subprocess.Popen(
+        [str(python), *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environments.variables(RAY_ADDRESS=address),
+    )
+
+
 @pytest.fixture
 def start(python: Path, address: str) -> Callable[..., subprocess.Popen[str]]:
-    """``start("-m", "regraft", ...)``: Python in the environment that knows the cluster."""
-
-    def popen(*words: object) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [str(python), *map(str, words)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environments.variables(RAY_ADDRESS=address),
-        )
-
-    return popen
+    """``start("-m", "regraft", ...)``, on the cluster that most tests share."""
+    return partial(started, python, address)
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +180,13 @@ def test_killed_and_run_again_every_image_is_there_once(
 
 @pytest.mark.slow
 def test_both_nodes_work_and_decoding_is_a_step_of_its_own(
-    start: Callable[..., subprocess.Popen[str]], bundle: Path, images: list[Path], tmp_path: Path
+    python: Path, bundle: Path, images: list[Path], tmp_path: Path
 ) -> None:
-    process = start(HERE / "ray_stats.py", bundle, tmp_path / "out", *images)
-    said, err = process.communicate(timeout=300)
+    # On a cluster of its own: killed runs keep their share of one for three minutes.
+    with cluster(python) as address:
+        script = [HERE / "ray_stats.py", bundle, tmp_path / "out", *images]
+        process = started(python, address, *script)
+        said, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "actors 2\n" in said
     operators = re.findall(r"Operator \d+ (\S+):", said)

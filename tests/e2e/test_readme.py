@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.support import bundles, environments, pictures
+from tests.support.server import serving
 
+from regraft import Extractor
 from regraft.cli.main import main
 from regraft.cli.table import all_commands
 from regraft_export.demo import sample_images_folder
@@ -62,7 +66,7 @@ def test_every_command_of_readme_runs_and_its_code_too(
         words = line.replace(MODEL, SHIPPED).replace(FOREIGN, "bundle/baseline.onnx")
         code = main(shlex.split(words, comments=True)[1:])
         assert code == 0, f"{line}: {capsys.readouterr().err}"
-    (code_block,) = blocks("python")
+    code_block, _ = blocks("python")
     names = {"cat.jpg": "photos/00.png", "dog.jpg": "photos/01.png"}
     for name, picture in names.items():
         code_block = code_block.replace(name, picture)
@@ -75,6 +79,25 @@ def test_every_command_of_readme_runs_and_its_code_too(
     assert len(batch) == 5 % 8
     saved = np.load(folder / "features.npz")
     assert np.allclose(saved["cls"][:2], features.cls, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_readmes_client_gets_the_extractors_numbers(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    python = environments.environment("tritonclient-http", ["tritonclient[http]==2.73.0"])
+    bundle = bundles.exported(tmp_path_factory)
+    images = sorted(pictures.write(tmp_path, 2).iterdir())
+    code = blocks("python")[1] + '\nnp.save("tokens.npy", tokens)\n'
+    for name, path in zip(("cat.jpg", "dog.jpg"), images, strict=True):
+        assert name in code
+        code = code.replace(name, str(path))
+    with serving(f"vit={bundle}") as server, Extractor.open(bundle) as extractor:
+        assert "127.0.0.1:8000" in code
+        code = code.replace(":8000", f":{server.port}")
+        subprocess.run([python, "-c", code], check=True, cwd=tmp_path)
+        cls = extractor.extract(images).cls
+    np.testing.assert_allclose(np.load(tmp_path / "tokens.npy")[:, 0], cls, rtol=1e-4, atol=1e-4)
 
 
 def test_readme_names_every_command_and_no_other() -> None:

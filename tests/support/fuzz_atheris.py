@@ -14,11 +14,12 @@ import atheris
 with atheris.instrument_imports(include=["regraft", "json"]):
     from tests.support.fuzzing import Target
 
-    from regraft.serve.grpc.messages import message, methods
+    from regraft.serve.grpc.messages import HEALTH, message, methods
 
 _LENGTH = b"inference-header-content-length"
 _ENCODING = b"content-encoding"
 _PATHS = ("/v2/models/m/infer", "/v2/models/m_images/infer")
+_CALLS = (*methods(), *methods(HEALTH))
 target = Target()
 
 
@@ -44,7 +45,7 @@ def one(data: bytes) -> None:
         url = "/v2/" + rest[:size].decode("latin-1")
         target.http("POST" if model else "GET", url, [(_LENGTH, b"1")], rest[size:])
     elif kind == 5:
-        target.grpc(list(methods())[size % len(methods())], rest)
+        target.grpc(_CALLS[size % len(_CALLS)], rest)
     else:
         target.grpc("ModelInfer", rest)
 
@@ -88,7 +89,7 @@ def seeds() -> list[bytes]:
     found += [b"\3\1\7\0" + gif, b"\3\1\5\0" + gif, b"\2\1\1\0" + b"0" + gif, b"\4\0\x09\0models/m"]
     found += [b"\6\0\0\0" + made.SerializeToString() for made in (raw, typed, image, rgb)]
     asked = message("ModelStatisticsRequest")(name="m", version="1").SerializeToString()
-    found += [b"\5\0" + struct.pack("<H", n) + asked for n in range(len(methods()))]
+    found += [b"\5\0" + struct.pack("<H", n) + asked for n in range(len(_CALLS))]
     return found
 
 

@@ -34,8 +34,13 @@ def buildah(*words: object, check: bool = True) -> subprocess.CompletedProcess[s
     return done
 
 
-def build(target: str) -> str:
-    """Builds a target of the Dockerfile over a base from Debian's packages; returns its name."""
+def build(target: str, **arguments: str) -> str:
+    """Builds a target of the Dockerfile over a base from Debian's packages; returns its name.
+
+    Args:
+        target: the stage.
+        arguments: build arguments that are to differ from the Dockerfile's.
+    """
     for tool in ("buildah", "debootstrap"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed: apt-get install {tool}")
@@ -46,6 +51,8 @@ def build(target: str) -> str:
     more: Sequence[object] = ()
     if CERTIFICATES.is_file():
         more = ["--volume", f"{CERTIFICATES}:/run/ca.crt:ro", "--build-arg", "PIP_CERT=/run/ca.crt"]
+    given = [f"{name}={value}" for name, value in arguments.items()]
+    more = [*more, *(word for argument in given for word in ("--build-arg", argument))]
     name = f"localhost/regraft:{target}"
     options = ["--format", "docker", "--pull-never", "--layers", "--target", target, "--tag", name]
     buildah("bud", *options, *more, ".")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
-import re
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -17,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.oip import http_arrays, http_document
+from benchmarks.served import LISTENS, command
 
 PATIENCE = 60.0
 
@@ -31,25 +31,11 @@ class Reply:
 
     @property
     def document(self) -> Any:
-        head = self.headers.get("inference-header-content-length")
-        return json.loads(self.body if head is None else self.body[: int(head)])
+        return http_document(self.headers, self.body)
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        at = int(self.headers.get("inference-header-content-length", 0))
-        found = {}
-        for output in self.document["outputs"]:
-            dtype = {"FP32": "<f4", "FP16": "<f2"}[output["datatype"]]
-            if "data" in output:
-                array = np.array(output["data"], dtype)
-            else:
-                size = output["parameters"]["binary_data_size"]
-                array = np.frombuffer(self.body[at : at + size], dtype)
-                at += size
-            found[output["name"]] = array.reshape(output["shape"])
-        if "inference-header-content-length" in self.headers:
-            assert at == len(self.body)
-        return found
+        return http_arrays(self.headers, self.body)
 
 
 class Server:
@@ -96,14 +82,18 @@ def serving(
     *words: object, python: str | Path = sys.executable, env: Mapping[str, str] | None = None
 ) -> Iterator[Server]:
     """A server on a free port, ready; with ``--grpc-port 0`` on another one as well."""
-    command = [str(python), "-m", "regraft", "serve", *map(str, words), "--port", "0"]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=env
+        command(*words, python=python),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        env=env,
     )
     try:
         assert process.stderr is not None
         line = process.stderr.readline()
-        found = re.search(r"on http://[^ ]*:(\d+)(?: and grpc://[^ ]*:(\d+))?$", line.strip())
+        found = LISTENS.search(line)
         assert found, line + process.stderr.read()
         yield Server(process, int(found[1]), int(found[2] or 0))
     finally:
@@ -121,28 +111,3 @@ def tensor(pixels: np.ndarray, name: str = "pixel_values") -> dict[str, Any]:
         "datatype": "FP32",
         "data": pixels.ravel().tolist(),
     }
-
-
-def binary_request(
-    name: str, datatype: str, shape: tuple[int, ...], raw: bytes, **more: Any
-) -> tuple[bytes, dict[str, str]]:
-    """Body and headers of a request with one binary input and binary outputs."""
-    document = {
-        "inputs": [
-            {
-                "name": name,
-                "shape": list(shape),
-                "datatype": datatype,
-                "parameters": {"binary_data_size": len(raw)},
-            }
-        ],
-        "parameters": {"binary_data_output": True},
-        **more,
-    }
-    head = json.dumps(document).encode()
-    return head + raw, {"Inference_Header_Content_Length": str(len(head))}
-
-
-def strings(*elements: bytes) -> bytes:
-    """A BYTES tensor."""
-    return b"".join(struct.pack("<I", len(e)) + e for e in elements)

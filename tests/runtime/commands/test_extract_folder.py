@@ -99,9 +99,13 @@ def test_a_folder_of_shards_holds_every_image_once(
     assert_every_image_once(out, paths, photos, pristine_bundle)
     # Asked again, it has nothing to do and says the same.
     before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
-    code, said, _ = regraft(*words)
+    code, said, noted = regraft(*words)
     again = json.loads(said)
     assert code == 0
+    assert noted.splitlines() == sorted(err.splitlines())  # bad images are named again
+    said = regraft(*(word for word in words if word != "--json"))[1]
+    assert "117 images (3 could not be read), float32" in said
+    assert said.endswith("8 shards, 8 of them there before\n")
     assert again["shards"] == {"all": 8, "resumed": 8}
     assert (again["images"], again["failed"]) == (117, summary["failed"])
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
@@ -151,10 +155,12 @@ def start(words: list[object]) -> subprocess.Popen[str]:
 def kill_at_random(words: list[object], place: Path, out: Path, seed: int) -> tuple[int, list[int]]:
     """Runs the command until it ends by itself, killing it (not its children) in between.
 
+    For two minutes; on a busy machine, what is left then is left to the caller.
+
     Returns how often it was killed, and how many shards were there each time.
     """
     rng, shards = random.Random(seed), []
-    until = time.monotonic() + 240
+    until = time.monotonic() + 120
     while time.monotonic() < until:
         process = start(words)
         before = len(list(place.glob("shard-*")))
@@ -170,7 +176,7 @@ def kill_at_random(words: list[object], place: Path, out: Path, seed: int) -> tu
         if out.exists():  # killed between publishing and its last word
             return len(shards), shards
         shards.append(len(list(place.glob("shard-*"))))
-    pytest.fail(f"not done in time; shards: {shards}")
+    return len(shards), shards
 
 
 @pytest.mark.parametrize(
@@ -190,8 +196,8 @@ def test_killed_at_any_moment_and_run_again_every_image_is_there_once(
     kills, shards = kill_at_random(words, Path(f"{out}.partial"), out, seed=count)
     assert kills >= 2, "the machine is too fast for this test: give it more images"
     assert shards == sorted(shards)
-    process = start(words)  # whatever the last kill left: publishing, or nothing to do
-    assert process.wait(timeout=60) == 0
+    process = start(words)  # whatever the last kill left: shards, publishing, or nothing to do
+    assert process.wait(timeout=200) == 0
     assert beside(out) == ["features"]
     assert not [p.name for p in out.iterdir() if p.name.startswith(".")]
     assert_every_image_once(out, paths, photos, pristine_bundle)

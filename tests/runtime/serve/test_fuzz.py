@@ -17,7 +17,7 @@ from tests.support.fuzzing import Insane, Target
 
 from regraft.serve.grpc import request as grpc_request
 from regraft.serve.grpc import wire
-from regraft.serve.grpc.messages import message, methods
+from regraft.serve.grpc.messages import HEALTH, message, methods
 from regraft.serve.refusals import Refusal
 
 INFER = message("ModelInferRequest")
@@ -105,7 +105,7 @@ def test_any_path(target: Target, method: str, path: str, body: bytes) -> None:
     target.http(method, f"/v2/{path}", [], body)
 
 
-@given(st.sampled_from(sorted(methods())), st.binary(max_size=200))
+@given(st.sampled_from(sorted({**methods(), **methods(HEALTH)})), st.binary(max_size=200))
 def test_any_bytes_over_grpc(target: Target, method: str, body: bytes) -> None:
     target.grpc(method, body)
 

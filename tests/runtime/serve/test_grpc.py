@@ -13,15 +13,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from benchmarks.oip import bytes_tensor, grpc_request
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.runtime.serve.test_http import assert_features
-from tests.support.grpc_client import Client, infer_request, pixels_request
-from tests.support.server import Server, serving, strings, tensor
+from tests.support.grpc_client import Client, pixels_request
+from tests.support.server import Server, serving, tensor
 
 from regraft import Extractor
 from regraft.images import decode
@@ -95,7 +98,7 @@ def test_health_metadata_and_configuration_are_those_of_http(
 
 def test_raw_and_typed_contents(client: Client, extractor: Extractor, pixels: np.ndarray) -> None:
     assert_features(client.infer(pixels_request("small", pixels)), extractor, pixels)
-    typed = infer_request(
+    typed = grpc_request(
         *("small", "pixel_values", "FP32", pixels.shape),
         contents={"fp32_contents": pixels.ravel().tolist()},
     )
@@ -128,9 +131,9 @@ def test_outputs_asked_for_and_halves(client: Client, pixels: np.ndarray) -> Non
 
 def test_images(client: Client, extractor: Extractor, photos: list[Path]) -> None:
     files = [path.read_bytes() for path in photos[:3]]
-    raw = infer_request("small_images", "images", "BYTES", (3, 1), strings(*files))
+    raw = grpc_request("small_images", "images", "BYTES", (3, 1), bytes_tensor(*files))
     assert_features(client.infer(raw), extractor, photos[:3])
-    typed = infer_request(
+    typed = grpc_request(
         "small_images", "images", "BYTES", (3, 1), contents={"bytes_contents": files}
     )
     assert_features(client.infer(typed), extractor, photos[:3])
@@ -140,7 +143,7 @@ def test_images(client: Client, extractor: Extractor, photos: list[Path]) -> Non
         {"raw": stacked.tobytes()},
         {"contents": {"uint_contents": stacked.ravel().tolist()}},
     ):
-        request = infer_request("small_images", "images", "UINT8", stacked.shape, **form)
+        request = grpc_request("small_images", "images", "UINT8", stacked.shape, **form)
         assert_features(client.infer(request), extractor, arrays)
 
 
@@ -158,7 +161,7 @@ def one(**changes: Any) -> Any:
     """A good request of one image, changed."""
     fields = {"name": "pixel_values", "datatype": "FP32", "shape": ONE.shape, "raw": ONE.tobytes()}
     fields.update(changes)
-    return infer_request(fields.pop("model", "small"), **fields)
+    return grpc_request(fields.pop("model", "small"), **fields)
 
 
 NAN = np.where(np.arange(ONE.size).reshape(ONE.shape) == 5, np.nan, ONE).astype(np.float32)
@@ -249,11 +252,11 @@ BAD: dict[str, tuple[Any, str, str]] = {
         *(INVALID, "parameter 'output_datatype' is 'INT8'; expected FP32 or FP16"),
     ),
     "no image": (
-        infer_request("small_images", "images", "BYTES", (1, 1), strings(b"no image")),
+        grpc_request("small_images", "images", "BYTES", (1, 1), bytes_tensor(b"no image")),
         *(INVALID, "input 'images', image 0: is not an image file"),
     ),
     "elements cut short": (
-        infer_request("small_images", "images", "BYTES", (1, 1), b"\1\0"),
+        grpc_request("small_images", "images", "BYTES", (1, 1), b"\1\0"),
         *(INVALID, "incomplete string length"),
     ),
     "many fields": (b"\x78\x00" * 5000, INVALID, "more than 4096 fields"),
@@ -338,6 +341,63 @@ def test_key(pristine_bundle: Path, tmp_path: Path) -> None:
             assert client.infer(one())
 
 
+def health(port: int, service: str = "") -> str:
+    """What gRPC's own client for health checks is told: the status, or that of the call."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        ask = health_pb2_grpc.HealthStub(channel).Check
+        try:
+            answer = ask(health_pb2.HealthCheckRequest(service=service), timeout=30)
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+
+def test_health_checks(pristine_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("geheim")
+    words = ("--grpc-port", 0, "--model-control", "--key-file", tmp_path / "key")
+    with (
+        serving(f"m={pristine_bundle}", *words, "--drain-delay", 5) as server,
+        Client(server.grpc_port, "geheim") as client,
+    ):
+        for service in ("", messages.SERVICE, messages.HEALTH):
+            assert health(server.grpc_port, service) == "SERVING"
+        assert health(server.grpc_port, "another") == "NOT_FOUND"
+        with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch
+            with pytest.raises(grpc.RpcError) as caught:
+                next(watch(health_pb2.HealthCheckRequest(), timeout=30))
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED  # clients then do without
+        client.ask("RepositoryModelUnload", model_name="m")
+        assert health(server.grpc_port) == "NOT_SERVING"
+        client.ask("RepositoryModelLoad", model_name="m")
+        assert health(server.grpc_port) == "SERVING"
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert health(server.grpc_port) == "NOT_SERVING"
+
+
+def test_a_full_queue(pristine_bundle: Path) -> None:
+    words = ("--grpc-port", 0, "--max-batch", 2, "--max-queue", 2, "--max-delay", 60_000)
+    two = np.concatenate([ONE, ONE])
+    with (
+        serving(f"small={pristine_bundle}", *words) as server,
+        Client(server.grpc_port) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        first = pool.submit(client.infer, one())
+        waits = 'nv_inference_pending_request_count{model="small",version="1"} 1'
+        while waits not in server.ask("GET", "/metrics").body.decode():
+            time.sleep(0.02)
+        full = "Exceeds maximum queue size: 1 images are waiting, expected at most 2"
+        status, told = client.refused(pixels_request("small", two))
+        assert (status, told.partition(";")[0]) == ("UNAVAILABLE", full)
+        reply = server.infer("small", {"inputs": [tensor(two)]})
+        assert (reply.status, reply.headers["retry-after"]) == (503, "1")
+        assert reply.document["error"].startswith(full)
+        assert client.infer(one())  # which fills the batch that the first one waits for
+        assert first.result(30)
+
+
 def test_reload(pristine_bundle: Path) -> None:
     words = ("--grpc-port", 0, "--model-control")
     with serving(f"m={pristine_bundle}", *words) as server, Client(server.grpc_port) as client:
@@ -367,7 +427,41 @@ def test_time_limits(pristine_bundle: Path) -> None:
         assert time.monotonic() - begun < 4
         time.sleep(0.3)
         (stats,) = client.ask("ModelStatistics", name="small").model_stats
+        asked = {"inputs": [tensor(ONE)], "parameters": {"timeout": 200_000}}
+        reply = server.infer("small", asked)
+        assert (reply.status, reply.headers["retry-after"]) == (503, "1")
+        assert reply.document == {"error": "Request timeout expired"}
     assert (stats.inference_stats.fail.count, stats.execution_count) == (2, 0)
+
+
+def test_reloads_drop_no_call(pristine_bundle: Path) -> None:
+    words = ("--grpc-port", 0, "--model-control")
+    body, reloads = one(model="m").SerializeToString(), 0
+    with serving(f"m={pristine_bundle}", *words) as server:
+
+        def over_grpc() -> None:
+            with Client(server.grpc_port) as client:
+                while reloads < 15:
+                    client.raw("ModelInfer", body)
+
+        def over_http() -> None:
+            while reloads < 15:
+                reply = server.infer("m", {"inputs": [tensor(ONE)]})
+                assert reply.status == 200, reply.body
+
+        with ThreadPoolExecutor(4) as pool:
+            clients = [pool.submit(ask) for ask in (over_grpc, over_http) * 2]
+            try:
+                while reloads < 15 and not any(client.done() for client in clients):
+                    assert server.ask("POST", "/v2/repository/models/m/load", {}).status == 200
+                    reloads += 1
+            finally:
+                reloads = 15
+            for client in clients:
+                client.result(90)
+        assert server.stop() == 0
+        time.sleep(0.1)
+        assert not server.lines
 
 
 @pytest.mark.parametrize("fresh", [False, True])
@@ -441,8 +535,10 @@ def test_the_compiled_messages_are_those_of_the_source(tmp_path: Path) -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.main(tmp_path / "new.binpb") == 0
-    assert (tmp_path / "new.binpb").read_bytes() == (module.FOLDER / "inference.binpb").read_bytes()
+    assert module.main(tmp_path) == 0
+    made = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert made == {file.name: file.read_bytes() for file in module.FOLDER.glob("*.binpb")}
+    assert set(made) == {"inference.binpb", "health.binpb"}
 
 
 def test_messages_live_beside_others_of_the_same_names() -> None:

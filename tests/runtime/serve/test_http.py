@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import socket
@@ -12,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from benchmarks.oip import bytes_tensor, http_request
 from PIL import Image
-from tests.support.server import Server, binary_request, serving, strings, tensor
+from tests.support.server import Server, serving, tensor
 
 from regraft import Extractor
 from regraft.images import decode
@@ -84,7 +86,7 @@ def test_json_in_and_out(server: Server, extractor: Extractor, pixels: np.ndarra
 def test_binary_in_and_out(
     server: Server, extractor: Extractor, pixels: np.ndarray, pad: int
 ) -> None:
-    body, headers = binary_request(
+    body, headers = http_request(
         "pixel_values", "FP32", pixels.shape, pixels.tobytes(), id="x" * pad
     )
     assert_features(server.infer("small", body, **headers).arrays, extractor, pixels)
@@ -111,7 +113,7 @@ def test_halves(server: Server, pixels: np.ndarray) -> None:
 
 def test_encoded_images(server: Server, extractor: Extractor, photos: list[Path]) -> None:
     files = [path.read_bytes() for path in photos[:3]]
-    body, headers = binary_request("images", "BYTES", (3, 1), strings(*files))
+    body, headers = http_request("images", "BYTES", (3, 1), bytes_tensor(*files))
     assert_features(server.infer("small_images", body, **headers).arrays, extractor, photos[:3])
 
 
@@ -132,7 +134,7 @@ def test_the_whole_body_is_pixels(server: Server, extractor: Extractor, pixels: 
 def test_raw_images(server: Server, extractor: Extractor, photos: list[Path]) -> None:
     arrays = [np.asarray(decode(path).resize((50, 40))) for path in photos[:2]]
     stacked = np.stack(arrays)
-    body, headers = binary_request("images", "UINT8", stacked.shape, stacked.tobytes())
+    body, headers = http_request("images", "UINT8", stacked.shape, stacked.tobytes())
     assert_features(server.infer("small_images", body, **headers).arrays, extractor, arrays)
 
 
@@ -147,7 +149,7 @@ def test_raw_images(server: Server, extractor: Extractor, photos: list[Path]) ->
 def test_compressed_requests(
     server: Server, extractor: Extractor, pixels: np.ndarray, encoding: str, pack: Any
 ) -> None:
-    body, headers = binary_request("pixel_values", "FP32", pixels.shape, pixels.tobytes())
+    body, headers = http_request("pixel_values", "FP32", pixels.shape, pixels.tobytes())
     reply = server.infer("small", pack(body), Content_Encoding=encoding, **headers)
     assert_features(reply.arrays, extractor, pixels)
 
@@ -163,7 +165,7 @@ def changed(**fields: Any) -> dict[str, Any]:
 
 BAD_JSON: dict[str, tuple[Any, str]] = {
     "not JSON": ("{", "failed to parse the request JSON"),
-    "not UTF-8": (b"\xff\xfe\x00", "failed to parse the request JSON"),
+    "not UTF-8": (b"\xff\xfe\x00", "needs the header Inference-Header-Content-Length: 0"),
     "deep": ("[" * 200_000, "failed to parse the request JSON"),
     "a list": ([], "the request is []; expected an object"),
     "no inputs": ({}, "the request has no 'inputs'"),
@@ -230,19 +232,19 @@ def test_bad_requests(server: Server, case: str) -> None:
     assert message in reply.document["error"]
 
 
-def test_bad_binary_requests(server: Server) -> None:
+def test_bad_http_requests(server: Server) -> None:
     def refused(body: bytes, headers: dict[str, str], model: str = "small") -> str:
         reply = server.infer(model, body, **headers)
         assert reply.status == 400, reply.body
         return str(reply.document["error"])
 
     raw = ONE.tobytes()
-    body, headers = binary_request("pixel_values", "FP32", ONE.shape, raw)
+    body, headers = http_request("pixel_values", "FP32", ONE.shape, raw)
     assert "expecting 4 additional bytes" in refused(body[:-4], headers)
     assert "unexpected additional input data: 4 bytes" in refused(body + b"1234", headers)
-    short, its = binary_request("pixel_values", "FP32", ONE.shape, raw[:-4])
+    short, its = http_request("pixel_values", "FP32", ONE.shape, raw[:-4])
     assert "input byte size mismatch for input 'pixel_values'" in refused(short, its)
-    nan, its = binary_request("pixel_values", "FP32", ONE.shape, NAN.tobytes())
+    nan, its = http_request("pixel_values", "FP32", ONE.shape, NAN.tobytes())
     assert "NaN or Inf in image 0" in refused(nan, its)
     for wrong in ("-1", "+5", "x", "1e3", str(len(body) + 1), "9" * 30):
         told = refused(body, {"Inference_Header_Content_Length": wrong})
@@ -255,14 +257,23 @@ def test_bad_binary_requests(server: Server) -> None:
 def test_bad_images_are_named_by_index(server: Server, photos: list[Path]) -> None:
     good = photos[0].read_bytes()
     for bad, reason in ((b"no image", "is not an image file"), (good[: len(good) // 2], "cannot")):
-        body, headers = binary_request("images", "BYTES", (2, 1), strings(good, bad))
+        body, headers = http_request("images", "BYTES", (2, 1), bytes_tensor(good, bad))
         reply = server.infer("small_images", body, **headers)
         assert reply.status == 400
         assert reply.document["error"].startswith("input 'images', image 1: ")
         assert reason in reply.document["error"]
         assert " object at 0x" not in reply.document["error"]
-    for elements, its in ((strings(good)[:-1], "incomplete string data"), (b"\1\0", "incomplete")):
-        body, headers = binary_request("images", "BYTES", (1, 1), elements)
+    image = {"name": "images", "shape": [1, 1], "datatype": "BYTES"}
+    image["data"] = [base64.b64encode(good).decode()]
+    reply = server.infer("small_images", {"inputs": [image]})
+    assert (reply.status, '"base64": true' in reply.document["error"]) == (400, True)
+    reply = server.infer("small_images", {"inputs": [{**image, "parameters": {"base64": True}}]})
+    assert reply.status == 200
+    for elements, its in (
+        (bytes_tensor(good)[:-1], "incomplete string data"),
+        (b"\1\0", "incomplete"),
+    ):
+        body, headers = http_request("images", "BYTES", (1, 1), elements)
         assert its in server.infer("small_images", body, **headers).document["error"]
 
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
+import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
 from tests.support.server import Server, serving, tensor
 
+from regraft.commands.serve import HOST_VARIABLE
 from regraft.serve import lifecycle
+from regraft.serve.http_protocol import protocol
 
 SIZE = 16
 Regraft = Callable[..., tuple[int, str, str]]
@@ -27,6 +33,26 @@ def test_signals_end_it_with_0(pristine_bundle: Path, number: signal.Signals) ->
         assert server.stop(number) == 0
         time.sleep(0.1)
         assert not server.lines
+
+
+@pytest.mark.parametrize("host", [None, "0.0.0.0"])
+def test_the_environment_may_say_where_to_listen(pristine_bundle: Path, host: str | None) -> None:
+    variables = {k: v for k, v in os.environ.items() if k != HOST_VARIABLE}
+    env = variables if host is None else {**variables, HOST_VARIABLE: host}
+    with serving(pristine_bundle, "--grpc-port", 0, env=env) as server:
+        for port in (server.port, server.grpc_port):
+            try:  # this machine as well, but not the address of the default
+                socket.create_connection(("127.0.0.2", port), timeout=20).close()
+                reached = True
+            except ConnectionRefusedError:
+                reached = False
+            assert reached == (host is not None)
+    option = ("--host", "127.0.0.1")  # is stronger
+    with (
+        serving(pristine_bundle, *option, env=env) as server,
+        pytest.raises(ConnectionRefusedError),
+    ):
+        socket.create_connection(("127.0.0.2", server.port), timeout=20)
 
 
 def test_connections_send_answers_at_once() -> None:
@@ -77,6 +103,36 @@ def test_a_drain_answers_everything(pristine_bundle: Path) -> None:
         assert server.process.wait(30) == 0
     assert len(outcomes) > 20
     assert set(outcomes) == {"200"}
+
+
+def test_connections_that_were_not_taken_yet_are_answered() -> None:
+    listener = lifecycle._listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"answered"})
+
+    async def end() -> list[socket.socket]:
+        config = uvicorn.Config(
+            application, http=protocol(20.0), lifespan="off", log_config=None, loop="none"
+        )
+        config.load()
+        server = lifecycle._Uvicorn(config)
+        server.lifespan = config.lifespan_class(config)
+        await server.startup([listener])
+        # As long as this function does not wait, nobody accepts.
+        clients = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(3)]
+        for client in clients:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await server.shutdown([listener])
+        return clients
+
+    for client in asyncio.run(end()):
+        with client:
+            assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=20)
 
 
 def test_a_connection_made_before_the_end_may_still_ask(pristine_bundle: Path) -> None:

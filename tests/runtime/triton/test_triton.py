@@ -166,5 +166,12 @@ def test_the_preprocessing_is_the_extractors(
 
 def test_the_kserve_example_is_yaml_for_triton() -> None:
     content = yaml.safe_load((WORKSPACE / "runtime/kserve/inferenceservice.yaml").read_text())
+    assert content["apiVersion"] == "serving.kserve.io/v1beta1"
     assert content["kind"] == "InferenceService"
-    assert content["spec"]["predictor"]["model"]["modelFormat"] == {"name": "triton"}
+    assert set(content["spec"]["predictor"]) == {"minReplicas", "model"}
+    model = content["spec"]["predictor"]["model"]
+    assert model["modelFormat"] == {"name": "triton"}
+    assert model["protocolVersion"] == "v2"
+    assert model["storageUri"].startswith("s3://")
+    # Fields of KServe's ModelSpec; without an image it would take the runtime's, of 2023.
+    assert set(model) == {"modelFormat", "protocolVersion", "storageUri", "image", "resources"}

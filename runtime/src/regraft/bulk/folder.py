@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,10 +95,10 @@ class ShardFolder:
         """Where a shard is, or will be."""
         return self.place / shard_name(number)
 
-    def failures(self) -> Iterator[tuple[str, str]]:
-        """Name and error of every image without features, from the finished shards."""
+    def failures(self, shards: Mapping[int, Done]) -> Iterator[tuple[str, str]]:
+        """Name and error of every image without features, from finished shards."""
         pa, pq = require_pyarrow()
-        for number, done in self.done().items():
+        for number, done in shards.items():
             if done.errors:
                 table = pq.read_table(self.shard(number), columns=[PATHS, ERROR])
                 bad = table.filter(pa.compute.is_valid(table[ERROR]))

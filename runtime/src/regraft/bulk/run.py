@@ -137,10 +137,12 @@ def extract_folder(
         todo = [number for number in range(job.shards) if number not in done]
         with Progress(len(names), "images", "extracting") as progress:
             progress.skip(sum(shard.rows for shard in done.values()))
+            for _, message in folder.failures(done):  # of the earlier run, whose words may be lost
+                progress.note(f"regraft: {message}")
             if todo:
                 tasks = [Task.of(job, folder.place, number, names) for number in todo]
                 crew(tasks, _Bar(progress, outcome))
-        outcome.failed = list(folder.failures())
+        outcome.failed = list(folder.failures(folder.done()))
         if not folder.complete:
             folder.publish()
     outcome.images = len(names) - len(outcome.failed)

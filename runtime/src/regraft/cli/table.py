@@ -37,7 +37,7 @@ RUNTIME = {
     "bench": "latency and throughput, baseline and patched",
     "report": "pictures before and after, as one HTML file",
     "inspect": "what is in a bundle, in words",
-    "serve": "inference server, Open Inference Protocol over HTTP",
+    "serve": "inference server, Open Inference Protocol over HTTP and gRPC",
     "triton": "a model repository for the Triton Inference Server",
 }
 

@@ -137,10 +137,12 @@ class Summary:
     def lines(self) -> Iterator[str]:
         """The summary in words."""
         shapes = ", ".join(f"{n} {tuple(shape)}" for n, shape in self.arrays.items())
-        yield f"{self.out}: {self.images} images, {self.dtype}: {shapes}"
+        others = f" ({len(self.failed)} could not be read)" if self.failed else ""
+        yield f"{self.out}: {self.images} images{others}, {self.dtype}: {shapes}"
         if self.shards is not None:
             yield f"{self.shards['all']} shards, {self.shards['resumed']} of them there before"
-        yield f"{self.engine}: {self.seconds:.1f} s, {self._rate():.1f} images per second"
+        if self.computed:
+            yield f"{self.engine}: {self.seconds:.1f} s, {self._rate():.1f} images per second"
 
     def _rate(self) -> float:
         return self.computed / self.seconds if self.seconds else 0.0

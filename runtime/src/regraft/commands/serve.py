@@ -19,6 +19,7 @@ from regraft.errors import InputError
 from regraft.serve.settings import MIB, Batching, EngineChoice, Limits, Settings
 
 KEY_VARIABLE = "REGRAFT_SERVE_KEY"
+HOST_VARIABLE = "REGRAFT_HOST"  # of containers, where 127.0.0.1 is reached from inside alone
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "bundles", metavar="[NAME=]BUNDLE", nargs="+", help="folder that `regraft export` wrote"
     )
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
+        "--host",
+        default=os.environ.get(HOST_VARIABLE) or Settings().host,
+        help=f"address to listen on (default: {HOST_VARIABLE} in the environment, or 127.0.0.1)",
     )
     parser.add_argument(
         "--port", type=_port, default=8000, help="of HTTP; 0 takes a free one (default: 8000)"

@@ -32,7 +32,9 @@ def checked_shape(sizes: Sequence[Any], where: str) -> tuple[int, ...]:
     """A shape whose sizes are integers from 0 and whose product is one, too."""
     wrong = len(sizes) > _MAX_DIMS or not all(type(n) is int and n >= 0 for n in sizes)
     if wrong or datatypes.count(sizes) > _MAX_SIZE:
-        raise invalid(f"{where}: shape is {show(sizes)}; expected at most {_MAX_DIMS} sizes from 0")
+        raise invalid(
+            f"{where}: shape is {show(sizes)}; expected at most {_MAX_DIMS} sizes, 0 or more each"
+        )
     return tuple(sizes)
 
 

@@ -16,7 +16,7 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -34,11 +34,32 @@ if TYPE_CHECKING:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Leaves the signals to :func:`serve`; uvicorn would end by the signal, not with 0."""
+    """Leaves the signals to :func:`serve`; uvicorn would end by the signal, not with 0.
+
+    And closes no listener before what waits in its queue is taken: those clients are connected
+    already, as far as they can see.
+    """
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Takes no more connections, and returns once requests are answered."""
+        queued = [connection for listener in sockets or [] for connection in _queued(listener)]
+        for server in self.servers:  # at once, so that nothing comes in between
+            server.close()
+        loop = asyncio.get_running_loop()
+        for connection in queued:
+            await loop.connect_accepted_socket(self._connection, connection)
+        await super().shutdown(sockets)
+
+    def _connection(self) -> asyncio.Protocol:
+        kind: Any = self.config.http_protocol_class
+        made: asyncio.Protocol = kind(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return made
 
 
 def run(arguments: Sequence[str], settings: Settings) -> None:
@@ -143,6 +164,13 @@ class _Stop:
     def _signal(self) -> None:
         self._count += 1
         self._changed.set()
+
+
+def _queued(listener: socket.socket) -> Iterator[socket.socket]:
+    """The connections that wait to be accepted."""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            yield listener.accept()[0]
 
 
 async def _first(*waits: object) -> None:

@@ -64,7 +64,7 @@ class Model:
         self.reader = PixelReader(manifest.preprocessing, pool, settings.limits.pixels)
         self.batcher = Batcher(engine.run, size, batching.max_delay)
         self._max_queue = batching.max_queue
-        self._images = 0
+        self._images = self._requests = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -81,6 +81,18 @@ class Model:
         return cls(name, version, bundle, engine, settings, pool)
 
     @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keeps the model open for a request; to be entered before anything is waited for."""
+        self._requests += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._requests -= 1
+            if not self._requests:
+                self._idle.set()
+
+    @contextmanager
     def admitted(self, images: int) -> Iterator[None]:
         """Holds a place for a request's images until it is answered.
 
@@ -93,13 +105,10 @@ class Model:
                 f"{self._max_queue}; try again later"
             )
         self._images += images
-        self._idle.clear()
         try:
             yield
         finally:
             self._images -= images
-            if not self._images:
-                self._idle.set()
 
     def about(self) -> Mapping[str, str]:
         """What a configuration says besides inputs and outputs."""
@@ -112,7 +121,7 @@ class Model:
         }
 
     async def close(self) -> None:
-        """Waits until every admitted request is answered, then frees the engine."""
+        """Waits until every request that keeps it is answered, then frees the engine."""
         await self._idle.wait()
         await self.batcher.close()
         await asyncio.to_thread(self.engine.close)

@@ -19,6 +19,7 @@ from regraft.serve.messages import InputTensor
 from regraft.serve.refusals import invalid
 
 Floats = NDArray[np.float32]
+_BASE64 = re.compile(rb"[A-Za-z0-9+/]{16,}=*")
 _OBJECT = re.compile(r"<[^<>]* object at 0x[0-9a-f]+>")
 
 
@@ -104,6 +105,8 @@ def open_image(where: str, file: bytes, max_pixels: int) -> Image.Image:
         return decode(file, max_pixels=max_pixels)
     except ImageError as error:
         reason = _OBJECT.sub("the image", str(error).partition(": ")[2])
+        if _BASE64.fullmatch(file[:64]):
+            reason += '; base64 is decoded where the input has the parameter "base64": true'
         raise invalid(f"{where}: {reason}") from None
 
 

@@ -108,11 +108,16 @@ def _load(text: bytes) -> Any:
     except (ValueError, RecursionError) as error:
         # Of an UnicodeDecodeError the text would hold the bytes.
         reason = error if isinstance(error, json.JSONDecodeError) else type(error).__name__
+        if isinstance(error, UnicodeDecodeError):
+            reason = (
+                "it is not text; an image or a tensor that is the whole body needs the header "
+                "Inference-Header-Content-Length: 0"
+            )
         raise invalid(f"failed to parse the request JSON: {reason}") from None
 
 
 def _refuse_constant(constant: str) -> NoReturn:
-    raise invalid(f"failed to parse the request JSON: {constant} is not JSON; send it as binary")
+    raise invalid(f"failed to parse the request JSON: {constant} is not JSON, and no pixel")
 
 
 def _input(entry: Mapping[str, Any], index: int, binary: _Binary) -> InputTensor:

@@ -158,7 +158,7 @@ class Service:
         begun = time.perf_counter_ns()
         model = self.repository.find(name, version)
         call.model, call.version = name, model.version
-        with _failures_counted(model, name, begun):
+        with model.kept(), _failures_counted(model, name, begun):
             request = await self.in_thread(parse)
             call.id = request.id
             deadline = self._deadline(request)

@@ -12,13 +12,15 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 SERVICE = "inference.GRPCInferenceService"
+HEALTH = "grpc.health.v1.Health"
 
 
 def _read() -> Any:
     pool = descriptor_pool.DescriptorPool()
-    compiled = resources.files(__package__).joinpath("inference.binpb").read_bytes()
-    for file in descriptor_pb2.FileDescriptorSet.FromString(compiled).file:
-        pool.AddSerializedFile(file.SerializeToString())
+    for name in ("inference.binpb", "health.binpb"):
+        compiled = resources.files(__package__).joinpath(name).read_bytes()
+        for file in descriptor_pb2.FileDescriptorSet.FromString(compiled).file:
+            pool.AddSerializedFile(file.SerializeToString())
     return pool
 
 
@@ -30,12 +32,12 @@ def message(name: str) -> Any:
     return message_factory.GetMessageClass(_POOL.FindMessageTypeByName(f"inference.{name}"))
 
 
-def methods() -> dict[str, tuple[Any, Any]]:
-    """Name of each call -> classes of its request and its response."""
+def methods(service: str = SERVICE) -> dict[str, tuple[Any, Any]]:
+    """Name of each call of a service -> classes of its request and its response."""
     return {
         method.name: (
             message_factory.GetMessageClass(method.input_type),
             message_factory.GetMessageClass(method.output_type),
         )
-        for method in _POOL.FindServiceByName(SERVICE).methods
+        for method in _POOL.FindServiceByName(service).methods
     }

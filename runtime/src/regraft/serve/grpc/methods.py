@@ -1,10 +1,15 @@
-"""The calls but inference: each gives the fields of its response, as the JSON of HTTP has them."""
+"""The calls but inference: each gives the fields of its response, as the JSON of HTTP has them.
+
+Over HTTP there is no counterpart of the health check, which has its place in gRPC's own tools.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from regraft.serve.checks import clip
+from regraft.serve.grpc.messages import HEALTH, SERVICE
 from regraft.serve.refusals import Kind, Refusal
 from regraft.serve.service import Service
 
@@ -70,6 +75,15 @@ async def repository_unload(service: Service, request: Any) -> Fields:
     return {}
 
 
+async def check_health(service: Service, request: Any) -> Fields:
+    """Readiness, as gRPC's health checks ask for it: of no service, which is all, or of ours."""
+    if request.service not in ("", SERVICE, HEALTH):
+        raise Refusal(
+            Kind.NOT_FOUND, f"unknown service '{clip(request.service)}'; expected '' or '{SERVICE}'"
+        )
+    return {"status": "SERVING" if service.ready else "NOT_SERVING"}
+
+
 def _expect_no_repository(request: Any) -> None:
     if request.repository_name:
         raise Refusal(
@@ -90,4 +104,5 @@ METHODS: Mapping[str, tuple[Callable[[Service, Any], Awaitable[Fields]], bool]] 
     "RepositoryIndex": (repository_index, False),
     "RepositoryModelLoad": (repository_load, False),
     "RepositoryModelUnload": (repository_unload, False),
+    "Check": (check_health, True),
 }

@@ -20,7 +20,7 @@ import grpc
 from google.protobuf.json_format import ParseDict
 
 from regraft.serve.grpc import wire
-from regraft.serve.grpc.messages import SERVICE, methods
+from regraft.serve.grpc.messages import HEALTH, SERVICE, methods
 from regraft.serve.grpc.methods import METHODS
 from regraft.serve.grpc.request import parse
 from regraft.serve.grpc.response import encode
@@ -111,11 +111,13 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
         key = service.settings.key
         self._key = None if key is None else f"Bearer {key}".encode()
         self._handlers = {
-            f"/{SERVICE}/{name}": grpc.stream_unary_rpc_method_handler(partial(self._call, name))
-            for name in methods()
+            f"/{path}/{name}": grpc.stream_unary_rpc_method_handler(partial(self._call, name))
+            for path in (SERVICE, HEALTH)
+            for name in methods(path)
         }
         self._answers: dict[str, Answer] = {
-            name: partial(self._simple, name, *classes) for name, classes in methods().items()
+            name: partial(self._simple, name, *classes)
+            for name, classes in {**methods(), **methods(HEALTH)}.items()
         }
         self._answers["ModelInfer"] = self._infer
 
