@@ -23,7 +23,7 @@ from regraft_export.graph.document import (
     tensor,
     write,
 )
-from regraft_export.graph.drop_neutral_mask import drop_neutral_mask
+from regraft_export.graph.drop_neutral_mask import attentions, drop_neutral_mask
 from regraft_export.graph.norm_outputs import token_norms
 from regraft_export.graph.remove_register import remove_register, set_outputs
 
@@ -187,7 +187,7 @@ def masked(
         {{ {nodes} }}"""
     )
     graph = read(model)
-    dropped = drop_neutral_mask(graph)
+    dropped = attentions(drop_neutral_mask(graph))
     proto = write(graph, shapes_changed=False)
     onnx.checker.check_model(proto, full_check=True)
     return dropped, proto
