@@ -175,6 +175,12 @@ EXPORTED = {
     "timm_siglip": _timm("vit_base_patch16_siglip_224", 64, 8, 0, patch_size=8, **_TIMM),
     "hf_clip": _hf(tf.CLIPVisionModel, tf.CLIPVisionConfig, 1, **_HF),
     "hf_vit": _hf(tf.ViTModel, tf.ViTConfig, 1, **_HF, pooler_output_size=48),
+    "hf_dinov2": _hf(
+        tf.Dinov2Model,
+        tf.Dinov2Config,
+        1,
+        **{k: v for k, v in _HF.items() if k != "intermediate_size"},
+    ),
     **{name: SMALL[name] for name in ("open_clip", "hub_dinov2_g_reg", "hf_siglip")},
 }
 

@@ -43,7 +43,7 @@ def patched(
 
 
 def outputs(path: Path, pixels: NDArray[Any]) -> list[NDArray[Any]]:
-    session = open_session(path.read_bytes(), optimize=False)
+    session = open_session(onnx.load(path), optimize=False)
     result: list[NDArray[Any]] = session.run(None, {session.get_inputs()[0].name: pixels})
     return result
 

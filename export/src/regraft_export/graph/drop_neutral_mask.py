@@ -44,8 +44,10 @@ class Dropped:
 def drop_neutral_mask(graph: gs.Graph) -> list[Dropped]:
     """Drops the masks and their guards; returns the nodes that were freed of one."""
     dropped = []
+    outputs = {id(t) for t in graph.outputs}  # they keep their names, and so their nodes
     for node in list(graph.nodes):
-        if node.domain:
+        # A guard that went already reads nothing.
+        if node.domain or not node.inputs or id(node.outputs[0]) in outputs:
             continue
         if node.op == "Attention" and len(node.inputs) == 4 and _neutral(node.inputs[3]):
             dropped.append(Dropped(node, tuple(node.inputs), None))

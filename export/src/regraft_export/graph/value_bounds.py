@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from regraft_export.graph.document import dtype_of
 from regraft_export.graph.token_rules import STANDARD_DOMAINS
 
 _MOST = 256  # integers up to it are exact in every type, bfloat16 among them
@@ -108,9 +109,7 @@ def _cast(node: gs.Node, read: _Inputs) -> Bounds | None:
 
 def _cast_like(node: gs.Node, read: _Inputs) -> Bounds | None:
     given, like = read(0), node.inputs[1]
-    if given is None or not isinstance(like, gs.Constant):
-        return None
-    return _as(given, np.dtype(like.dtype))
+    return None if given is None or like.dtype is None else _as(given, dtype_of(like))
 
 
 def _as(given: Bounds, kind: np.dtype[np.generic]) -> Bounds | None:
