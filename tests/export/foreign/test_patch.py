@@ -291,6 +291,21 @@ def test_a_dry_run_names_every_site_and_writes_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["n.json"]
 
 
+def test_mended_counts_are_summed_up_by_kind_or_listed(
+    file: Callable[..., Path], tmp_path: Path, regraft: Callable[..., tuple[int, str, str]]
+) -> None:
+    neurons = listed(tmp_path / "n.json", [(0, 3)])
+    words = ("patch", file("timm", "torchscript", 17, {}), "--neurons", neurons)
+    _, dry, _ = regraft(*words, "--dry-run")
+    every = [line for line in dry.splitlines() if line.startswith("mended: ")]
+    code, out, _ = regraft(*words, "--out", tmp_path / "o.onnx")
+    short = [line for line in out.splitlines() if line.startswith("mended: ")]
+    assert (code, len(every) > 5) == (0, True)
+    assert short == [f"mended: 25 -> 26, in {len(every)} places (--verbose lists them)"]
+    _, out, _ = regraft(*words, "--out", tmp_path / "o.onnx", "--force", "--verbose")
+    assert [line for line in out.splitlines() if line.startswith("mended: ")] == every
+
+
 def test_another_fine_tune_is_refused_unless_forced(
     file: Callable[..., Path], tmp_path: Path, regraft: Callable[..., tuple[int, str, str]]
 ) -> None:

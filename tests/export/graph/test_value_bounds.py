@@ -22,8 +22,9 @@ def of(nodes: str) -> tuple[Bounds | None, onnx.ModelProto]:
         g (int64 n, float[n] x, bool[3] live) => (float[n] y)
         <int64 nought = {{0}}, int64 one = {{1}}, int64 two = {{2}}, int64 minus = {{-1}},
          float zero = {{0.0}}, float few = {{0.5}}, float least = {{-3.0e38}},
-         float under = {{-inf}}, int64[1] last = {{-1}}, bool[3] yes = {{1, 1, 1}}, bool[3] mixed = {{1, 0, 1}},
-         float[3] ones = {{1, 1, 1}}, float[2] noughts = {{0, 0}}, int64[2] shape = {{4, 3}}>
+         float under = {{-inf}}, int64[1] last = {{-1}}, bool[3] yes = {{1, 1, 1}},
+         bool[3] mixed = {{1, 0, 1}}, float[3] ones = {{1, 1, 1}}, float[2] noughts = {{0, 0}},
+         int64[2] shape = {{4, 3}}>
         {{ {nodes} y = Identity(x) }}"""
     )
     return bounds(tensor(read(model), "out")), model
