@@ -294,7 +294,9 @@ def test_of_several_outputs_one_must_be_chosen(tmp_path: Path) -> None:
 
 
 def test_no_output_that_will_do(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no output is a vector .* outputs: 'map' \(5x48x6x4\)"):
+    with pytest.raises(
+        ModelError, match=r"no output is a vector .* outputs: 'map' \(\w+ x 48 x 6 x 4\)"
+    ):
         opened(lambda t: t[:, 1:].transpose(1, 2).reshape(-1, 48, 6, 4), tmp_path, ["map"])
 
 
