@@ -278,10 +278,10 @@ REAL = {
         224,
         16,
         5,
-        depth=3,
-        layers=(1,),
+        depth=2,
+        layers=(0,),
         rotary=True,
-        reduced="depth 3 of 40",
+        reduced="depth 2 of 40",
     ),
     "hf_dinov3_b": _hf(
         tf.DINOv3ViTModel,
@@ -325,7 +325,8 @@ def planted_module(family: Family) -> nn.Module:
     pixels = flagged_pictures(8, 1, family.size, family.patch)
     planted = plant(tower, pixels, units_of(family), norm=family.norm)
     for layer, index in DEAD:
-        planted.vit.blocks[layer].down.weight[:, index] = 0
+        if layer < len(planted.vit.blocks):
+            planted.vit.blocks[layer].down.weight[:, index] = 0
     return module
 
 
