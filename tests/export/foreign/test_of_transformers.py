@@ -27,7 +27,7 @@ from tests.support.graphs import open_session
 from tests.support.pictures import pixels
 from tests.support.traces import error
 
-from regraft.errors import RewriteError
+from regraft.errors import ModelError, RewriteError
 from regraft.parity import LIMITS
 from regraft.redirect import RedirectOptions
 from regraft_export.foreign.opening import open_file
@@ -179,6 +179,17 @@ def test_a_mask_that_does_something_is_refused(
     neurons = models.neurons(models.vit("hf_vit"))
     with pytest.raises(RewriteError, match=f"node '{node}' .* a constant with one entry per token"):
         patch(survey(read_file(tmp_path / "in.onnx")), neurons, PAPER)
+
+
+def test_a_mask_that_makes_the_scores_larger_is_refused(file: File, tmp_path: Path) -> None:
+    model = onnx.load(file("hf_vit", "transformers", 20, {}))
+    mask = next(t for t in model.graph.initializer if list(t.dims) == [2, 1, 17, 17])
+    values = numpy_helper.to_array(mask)[None]
+    mask.CopyFrom(numpy_helper.from_array(values, mask.name))
+    onnx.save(model, tmp_path / "in.onnx")
+    message = r"node 'node_Add_73' \(Add\) puts a mask that masks nothing on .* \(1, 2, 3, 17, 17\)"
+    with pytest.raises(ModelError, match=message):
+        survey(read_file(tmp_path / "in.onnx"))
 
 
 def test_a_dry_run_lists_the_computed_counts(file: File, tmp_path: Path, regraft: Regraft) -> None:
