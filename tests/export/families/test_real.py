@@ -13,7 +13,8 @@ import pytest
 from tests.support.families import REAL
 from tests.support.whole_path import Regraft, whole_path
 
-pytestmark = pytest.mark.slow
+# In one worker, one after another: two at a time want more memory than 24 GiB.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real_sizes")]
 
 
 @pytest.mark.timeout(3600)
