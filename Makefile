@@ -15,7 +15,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu"
 
 test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "slow and not gpu"
 
 # TensorRT itself comes from NVIDIA and is wanted on a card alone. onnxruntime-gpu replaces
 # onnxruntime in an environment of its own; it has the CPU provider too.

@@ -1,8 +1,9 @@
-"""Foreign ONNX files, as torch.onnx writes them."""
+"""Foreign ONNX files, as torch.onnx and transformers write them."""
 
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -59,6 +60,26 @@ def torchscript(
         )
 
 
+def of_transformers(
+    module: nn.Module, size: tuple[int, int], path: Path, opset: int, **more: Any
+) -> None:
+    """As transformers' own exporter writes it, external data and all."""
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    example = torch.zeros(2, 3, *size, dtype=next(module.parameters()).dtype)
+    talkative = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = talkative.level
+    talkative.setLevel(logging.ERROR)  # it speaks of operators that no vision model has
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            config = OnnxConfig(opset_version=opset, **more)
+            done = OnnxExporter().export(module, {"pixel_values": example}, config=config)
+            OnnxExporter.save_program(done.program, path)
+    finally:
+        talkative.setLevel(level)
+
+
 BATCH = {0: "batch"}
 ANY = {0: "batch", 2: "height", 3: "width"}
 CASES = [
@@ -76,4 +97,17 @@ CASES = [
     ("hf_clip", "torchscript", 17, {"axes": BATCH}),
     ("hf_dinov2", "torchscript", 18, {"axes": ANY}),
     ("hf_clip_projection", "dynamo", 18, {}),
+]
+# With `dynamic` it leaves batch and image sizes open where the model does, else the batch is 2.
+OF_TRANSFORMERS = [
+    ("hf_clip", "transformers", 20, {"dynamic": True}),
+    ("hf_vit", "transformers", 20, {}),
+    ("hf_vit", "transformers", 18, {"dynamic": True}),
+    ("hf_vit", "transformers", 24, {"dynamic": True, "optimize": False}),
+    ("hf_deit", "transformers", 23, {"dynamic": True}),
+    ("hf_dinov2", "transformers", 20, {}),
+    ("hf_dinov2", "transformers", 20, {"dynamic": True}),
+    ("hf_dinov2", "transformers", 18, {"dynamic": True, "optimize": False}),
+    ("hf_dinov2_registers", "transformers", 24, {"dynamic": True}),
+    ("hf_dinov2_swiglu", "transformers", 22, {"dynamic": True}),
 ]

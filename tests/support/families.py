@@ -187,6 +187,12 @@ EXPORTED = {
     "timm_siglip": _timm("vit_base_patch16_siglip_224", 64, 8, 0, patch_size=8, **_TIMM),
     "hf_clip": _hf(tf.CLIPVisionModel, tf.CLIPVisionConfig, 1, **_HF),
     "hf_vit": _hf(tf.ViTModel, tf.ViTConfig, 1, **_HF, pooler_output_size=48),
+    "hf_dinov2": _hf(
+        tf.Dinov2Model,
+        tf.Dinov2Config,
+        1,
+        **{k: v for k, v in _HF.items() if k != "intermediate_size"},
+    ),
     **{name: SMALL[name] for name in ("open_clip", "hub_dinov2_g_reg", "hf_siglip")},
 }
 
@@ -288,10 +294,10 @@ REAL = {
         224,
         16,
         5,
-        depth=3,
-        layers=(1,),
+        depth=2,
+        layers=(0,),
         rotary=True,
-        reduced="depth 3 of 40",
+        reduced="depth 2 of 40",
     ),
     "hf_dinov3_b": _hf(
         tf.DINOv3ViTModel,
@@ -335,7 +341,8 @@ def planted_module(family: Family) -> nn.Module:
     pixels = flagged_pictures(8, 1, family.size, family.patch)
     planted = plant(tower, pixels, units_of(family), norm=family.norm)
     for layer, index in DEAD:
-        planted.vit.blocks[layer].down.weight[:, index] = 0
+        if layer < len(planted.vit.blocks):
+            planted.vit.blocks[layer].down.weight[:, index] = 0
     return module
 
 

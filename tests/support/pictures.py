@@ -62,3 +62,11 @@ def write(folder: Path, count: int, first: int = 0) -> Path:
     for i in range(count):
         draw(first + i).save(folder / f"picture-{i:03}.png")
     return folder
+
+
+def warned(images: int) -> str:
+    """What `regraft find` says on stderr where it could use so few images, and nothing else."""
+    return (
+        f"regraft: warning: found on {images} images; expected 100 or more like those the model "
+        "will see: with so few, units and figures may be chance\n"
+    )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.support.pictures import warned
 from torch import Tensor
 
 from regraft.cli.main import main
@@ -92,7 +93,7 @@ def test_finds_the_units_and_says_so(
     find: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     code, out, err = find()
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, warned(24))
     neurons = Neurons.load(tmp_path / "n.json")
     assert {(n.layer, n.index) for n in neurons.neurons} == set(UNITS)
     about = neurons.about
@@ -140,9 +141,17 @@ def test_paper_score_and_values_set_by_hand(
 ) -> None:
     words = ["--score", "activation", "--max-layer", 2, "--detection-layer", 3, "--threshold", 20]
     code, _, err = find(*words, "--max-neurons", 8)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, warned(24))
     about = Neurons.load(tmp_path / "n.json").about
     assert (about["score"], about["detection_layer"], about["threshold"]) == ("activation", 3, 20.0)
+
+
+def test_enough_images_bring_no_warning(
+    find: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regraft_export.commands.find.ENOUGH", 24)
+    code, _, err = find()
+    assert (code, err) == (0, "")
 
 
 def test_no_outlier_tokens(find: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
@@ -173,7 +182,7 @@ def test_images_of_several_folders(
         halves[number // 12].mkdir(exist_ok=True)
         shutil.copy(path, halves[number // 12])
     code, _, err = find(images=halves)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, warned(24))
     neurons = Neurons.load(tmp_path / "n.json")
     assert neurons.about["images"]["given"] == 24
     assert {(n.layer, n.index) for n in neurons.neurons} == set(UNITS)

@@ -43,7 +43,7 @@ def patched(
 
 
 def outputs(path: Path, pixels: NDArray[Any]) -> list[NDArray[Any]]:
-    session = open_session(path.read_bytes(), optimize=False)
+    session = open_session(onnx.load(path), optimize=False)
     result: list[NDArray[Any]] = session.run(None, {session.get_inputs()[0].name: pixels})
     return result
 
@@ -232,6 +232,72 @@ def test_external_data_goes_beside_the_result(file: Callable[..., Path], tmp_pat
     assert error(got, right(vit, pixels, models.neurons(vit), RedirectOptions())[0]) < 1e-5
 
 
+@pytest.mark.slow
+def test_external_data_over_2_gb_is_not_loaded(file: Callable[..., Path], tmp_path: Path) -> None:
+    model = onnx.load(file("timm", "dynamo", 18, {}))
+    rows, columns = 2600, 1 << 18  # float32: 2.5 GiB
+    table = onnx.TensorProto(name="table", data_type=onnx.TensorProto.FLOAT, dims=[rows, columns])
+    onnx.save(
+        model,
+        tmp_path / "in.onnx",
+        save_as_external_data=True,
+        location="w.bin",
+        size_threshold=256,
+    )
+    model = onnx.load(tmp_path / "in.onnx", load_external_data=False)
+    # The table comes first in the file, so what the patch reads lies behind 2 GiB.
+    size = rows * columns * 4
+    rest = (tmp_path / "w.bin").read_bytes()
+    with (tmp_path / "w.bin").open("wb") as data:
+        data.seek(size - 4)
+        data.write(np.float32(7).tobytes())
+        data.write(rest)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "offset":
+                entry.value = str(int(entry.value) + size)
+    table.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", "w.bin"), ("offset", "0"), ("length", str(size))):
+        table.external_data.add(key=key, value=value)
+    model.graph.initializer.append(table)
+    last = onnx.numpy_helper.from_array(np.array([rows - 1]), "last")
+    model.graph.initializer.append(last)
+    model.graph.node.append(onnx.helper.make_node("Gather", ["table", "last"], ["row"]))
+    model.graph.output.append(
+        onnx.helper.make_tensor_value_info("row", onnx.TensorProto.FLOAT, [1, columns])
+    )
+    onnx.save(model, tmp_path / "in.onnx")
+    script = """
+import resource, sys
+from regraft.cli.main import main
+code = main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+sys.exit(code)
+"""
+    vit = models.vit("timm")
+    neurons = models.neurons(vit)
+    rows_of = [(n.layer, n.index) for n in neurons.neurons]
+    words = ["patch", tmp_path / "in.onnx", "--neurons", listed(tmp_path / "n.json", rows_of)]
+    words += ["--out", tmp_path / "out.onnx"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 1 << 30
+    (tmp_path / "w.bin").unlink()
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
+    pixels = images((48, 32))
+    tokens, row = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+    assert (row.shape, row[0, -1], row[0, :-1].any()) == ((1, columns), 7, False)
+    plain = Neurons(tuple(RegisterNeuron(*place) for place in rows_of))
+    assert error(tokens, right(vit, pixels, plain, RedirectOptions())[0]) < 1e-5
+
+
 # The command line.
 
 
@@ -291,6 +357,21 @@ def test_a_dry_run_names_every_site_and_writes_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["n.json"]
 
 
+def test_mended_counts_are_summed_up_by_kind_or_listed(
+    file: Callable[..., Path], tmp_path: Path, regraft: Callable[..., tuple[int, str, str]]
+) -> None:
+    neurons = listed(tmp_path / "n.json", [(0, 3)])
+    words = ("patch", file("timm", "torchscript", 17, {}), "--neurons", neurons)
+    _, dry, _ = regraft(*words, "--dry-run")
+    every = [line for line in dry.splitlines() if line.startswith("mended: ")]
+    code, out, _ = regraft(*words, "--out", tmp_path / "o.onnx")
+    short = [line for line in out.splitlines() if line.startswith("mended: ")]
+    assert (code, len(every) > 5) == (0, True)
+    assert short == [f"mended: 25 -> 26, in {len(every)} places (--verbose lists them)"]
+    _, out, _ = regraft(*words, "--out", tmp_path / "o.onnx", "--force", "--verbose")
+    assert [line for line in out.splitlines() if line.startswith("mended: ")] == every
+
+
 def test_another_fine_tune_is_refused_unless_forced(
     file: Callable[..., Path], tmp_path: Path, regraft: Callable[..., tuple[int, str, str]]
 ) -> None:
@@ -325,6 +406,31 @@ def test_bad_files_get_one_message_and_nothing_is_written(
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert REFUSALS[kind] in err
     assert {p.name for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("level", ["ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL"])
+@pytest.mark.parametrize("family", ["timm", "timm_clip", "hf_clip"])
+def test_what_onnx_runtime_fused_is_refused(
+    family: str,
+    level: str,
+    file: Callable[..., Path],
+    tmp_path: Path,
+    regraft: Callable[..., tuple[int, str, str]],
+) -> None:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+    options.optimized_model_filepath = str(tmp_path / "in.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(
+        file(family, "dynamo", 18, {}), options, providers=["CPUExecutionProvider"]
+    )
+    neurons = listed(tmp_path / "n.json", [(0, 3)])
+    words = ("--neurons", neurons, "--out", tmp_path / "o.onnx")
+    code, _, err = regraft("patch", tmp_path / "in.onnx", *words)
+    assert (code, (tmp_path / "o.onnx").exists(), err.count("\n")) == (1, False, 1)
+    assert "of ONNX Runtime's optimiser); patch the file as it was before fusing" in err
 
 
 def test_neurons_that_do_not_fit_a_patched_file_and_what_exists(

@@ -23,7 +23,7 @@ from regraft_export.graph.document import (
     tensor,
     write,
 )
-from regraft_export.graph.drop_neutral_mask import drop_neutral_mask
+from regraft_export.graph.drop_neutral_mask import attentions, drop_neutral_mask
 from regraft_export.graph.norm_outputs import token_norms
 from regraft_export.graph.remove_register import remove_register, set_outputs
 
@@ -187,7 +187,7 @@ def masked(
         {{ {nodes} }}"""
     )
     graph = read(model)
-    dropped = drop_neutral_mask(graph)
+    dropped = attentions(drop_neutral_mask(graph))
     proto = write(graph, shapes_changed=False)
     onnx.checker.check_model(proto, full_check=True)
     return dropped, proto
@@ -218,6 +218,52 @@ def test_other_ways_to_write_the_same_mask(nodes: str) -> None:
     dropped, model = masked(nodes)
     assert dropped == 1
     assert kinds(model) == ["Softmax", "Neg"]
+
+
+ATTENDED = (
+    "c = Cast<to = 1>(mask) i = Not(mask) d = Cast<to = 1>(i) low_d = Mul(d, low) "
+    "s = Add(scores, low_d) p = Softmax<axis = -1>(s) a = MatMul(p, scores) "
+    "t = ReduceSum(c, last) never = Less(t, one) w = Where(never, zero, a) out = Neg(w)"
+)
+
+
+def attended(nodes: str = ATTENDED, mask: str = "1, 1, 1") -> list[str]:
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": 20]>
+        g (float[batch, 2, 3, 3] scores) => (float[batch, 2, 3, 3] out)
+        <bool[1, 1, 1, 3] mask = {{{mask}}}, int64[1] last = {{-1}}, float one = {{1.0}},
+         float zero = {{0.0}}, float low = {{-10000.0}}>
+        {{ {nodes} }}"""
+    )
+    graph = read(model)
+    before = graphs.run(model, {"scores": np.eye(3, dtype=np.float32) * np.ones((2, 2, 1, 1), "f")})
+    drop_neutral_mask(graph)
+    proto = write(graph, shapes_changed=False)
+    onnx.checker.check_model(proto, full_check=True)
+    after = graphs.run(proto, {"scores": np.eye(3, dtype=np.float32) * np.ones((2, 2, 1, 1), "f")})
+    np.testing.assert_allclose(after["out"], before["out"], rtol=1e-6)
+    return kinds(proto)
+
+
+def test_rows_that_are_never_without_a_key_lose_their_guard() -> None:
+    assert attended() == ["Softmax", "MatMul", "Neg"]
+    # An output of the graph keeps its name, and so its node.
+    assert "Where" in attended(ATTENDED.replace("w = Where", "out = Where").rpartition(" out")[0])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "mask", "left"),
+    [
+        (ATTENDED, "0, 0, 0", {"Where", "Add"}),
+        (ATTENDED, "1, 0, 1", {"Where", "Add"}),
+        (ATTENDED.replace("Where(never, zero, a)", "Where(never, one, a)"), "1, 1, 1", {"Where"}),
+        (ATTENDED.replace("Where(never, zero, a)", "Where(never, a, zero)"), "1, 1, 1", {"Where"}),
+        (ATTENDED.replace("p = Softmax<axis = -1>(s)", "p = Neg(s)"), "1, 1, 1", {"Add"}),
+    ],
+    ids=["every row", "a key", "by ones", "inverted", "no softmax"],
+)
+def test_what_guards_something_stays(nodes: str, mask: str, left: set[str]) -> None:
+    assert left <= set(attended(nodes, mask))
 
 
 @pytest.mark.parametrize(

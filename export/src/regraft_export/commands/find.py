@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from regraft_export.finding.subject import Subject
 
 
+ENOUGH = 100  # images; with fewer there is a warning
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     add_model_arguments(
@@ -41,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="DIR",
-        help="images, 100 or more, like those the model will see",
+        help=f"images, {ENOUGH} or more, like those the model will see",
     )
     parser.add_argument(
         "--out", required=True, type=Path, metavar="FILE", help="neurons.json, to be written"
@@ -113,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
     text = json.dumps(found.neurons.to_json(), indent=1, allow_nan=False) + "\n"
     with whole_file(args.out, args.force) as path:
         path.write_text(text, encoding="utf-8")
+    used = found.neurons.about["images"]
+    _warn_of_few(sum(used[part] for part in ("score", "select", "report")))
     for layer in found.report.left_later(found.neurons.about["detection_layer"]):
         entry = found.report.layers[layer]
         print(
@@ -131,6 +136,15 @@ def run(args: argparse.Namespace) -> int:
             "was found on the others; without --strict this is no error"
         )
     return 0
+
+
+def _warn_of_few(images: int) -> None:
+    if images < ENOUGH:
+        print(
+            f"regraft: warning: found on {_count(images, 'image')}; expected {ENOUGH} or more like "
+            "those the model will see: with so few, units and figures may be chance",
+            file=sys.stderr,
+        )
 
 
 def _find(args: argparse.Namespace, paths: list[Path], failures: list[Failure]) -> Found:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace OUT.onnx if it exists; patch although the neurons belong elsewhere",
     )
+    parser.add_argument(
+        "--verbose", action="store_true", help="list every mended token count, as --dry-run does"
+    )
     parser.add_argument("--json", action="store_true", help="print the sites for machines")
 
 
@@ -97,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
             patched.proto, patched.stored, args.out, external=file.external, force=args.force
         )
     facts |= {"written": [str(path) for path in written]}
-    said = _lines(args.model, facts, checked)
+    said = _lines(args.model, facts, checked, every=args.verbose or args.dry_run)
     print(json.dumps(facts, indent=1, allow_nan=False) if args.json else "\n".join(said))
     sys.stdout.flush()
     if checked is not None:
@@ -133,7 +137,9 @@ def _sites(patched: Patched) -> dict[str, Any]:
     }
 
 
-def _lines(model: Path, facts: dict[str, Any], checked: Checked | None) -> Iterator[str]:
+def _lines(
+    model: Path, facts: dict[str, Any], checked: Checked | None, *, every: bool
+) -> Iterator[str]:
     size = "any image size" if facts["open_size"] else "x".join(map(str, facts["image_size"]))
     grid = facts["grid"]
     tokens = f"{facts['tokens']} tokens"
@@ -149,8 +155,17 @@ def _lines(model: Path, facts: dict[str, Any], checked: Checked | None) -> Itera
         yield f"redirect site: layer {layer}, {name} ({facts['nodes_added'][layer]} nodes)"
     for name in facts["outputs"]:
         yield f"output site: {name}"
-    for line in facts["mended"]:
+    for line in facts["mended"] if every else _by_kind(facts["mended"]):
         yield f"mended: {line}"
     if checked is not None:
         yield from _check_arguments.lines(checked)
     yield f"written: {', '.join(facts['written'])}" if facts["written"] else "nothing was written"
+
+
+def _by_kind(mended: list[str]) -> list[str]:
+    """How many token counts changed in the same way, in place of every node's name."""
+    kinds = Counter(line.rpartition(": ")[2] for line in mended)
+    return [
+        f"{kind}, in {n} {'place' if n == 1 else 'places'} (--verbose lists them)"
+        for kind, n in kinds.items()
+    ]

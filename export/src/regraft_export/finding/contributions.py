@@ -57,14 +57,4 @@ def contributions(
         elsewhere = np.concatenate(others)  # (B', m)
         rows = (at * (directions @ write.T), elsewhere * (mean @ write.T), at, at * share)
         sums.append(tuple(r.sum(axis=0, dtype=np.float64) for r in rows))
-    by_kind: list[tuple[Doubles, ...]] = list(zip(*sums, strict=True))
-    return Contributions(
-        at_outliers=by_kind[0],
-        elsewhere=by_kind[1],
-        activation=by_kind[2],
-        activation_by_image=by_kind[3],
-        outliers=len(image),
-        ordinary=int(has.sum()) * is_outlier.shape[1] - len(image),
-        images=len(tokens),
-        images_with_outliers=int(has.sum()),
-    )
+    return Contributions.of_batch(sums, per_image, is_outlier.shape[1])

@@ -190,14 +190,5 @@ def _contributions(
             at * share,
         )
         sums.append(tuple(r.sum(dim=0, dtype=torch.float64) for r in rows))
-    by_kind = [tuple(map(_doubles, of_layers)) for of_layers in zip(*sums, strict=True)]
-    return Contributions(
-        at_outliers=by_kind[0],
-        elsewhere=by_kind[1],
-        activation=by_kind[2],
-        activation_by_image=by_kind[3],
-        outliers=len(image),
-        ordinary=int(has.sum()) * is_outlier.shape[1] - len(image),
-        images=len(tokens),
-        images_with_outliers=int(has.sum()),
-    )
+    by_layer = [tuple(map(_doubles, of_layer)) for of_layer in sums]
+    return Contributions.of_batch(by_layer, per_image.cpu().numpy(), is_outlier.shape[1])

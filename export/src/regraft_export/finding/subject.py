@@ -6,7 +6,7 @@ alone. ``pytorch.py`` implements it for PyTorch modules, ``foreign/subject.py`` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,6 +61,30 @@ class Contributions:
     ordinary: int
     images: int
     images_with_outliers: int
+
+    @classmethod
+    def of_batch(
+        cls, by_layer: Sequence[tuple[Doubles, ...]], per_image: NDArray[Any], patches: int
+    ) -> Contributions:
+        """Puts the sums of one batch together.
+
+        Args:
+            by_layer: of each layer the four kinds of sums, in the order of the attributes.
+            per_image: (B,): outlier tokens of each image.
+            patches: patch tokens of an image.
+        """
+        at_outliers, elsewhere, activation, by_image = zip(*by_layer, strict=True)
+        outliers, affected = int(per_image.sum()), int((per_image > 0).sum())
+        return cls(
+            at_outliers=at_outliers,
+            elsewhere=elsewhere,
+            activation=activation,
+            activation_by_image=by_image,
+            outliers=outliers,
+            ordinary=affected * patches - outliers,
+            images=len(per_image),
+            images_with_outliers=affected,
+        )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from regraft.errors import InputError, ModelError
@@ -103,9 +104,18 @@ def _fitting(found: Survey) -> Iterator[OwnOutput]:
 
 
 def _listed(found: Survey) -> str:
-    parts = []
-    for value in found.view.graph.outputs:
-        shape = found.shapes.of(value)
-        dims = "of unknown shape" if shape is None else "x".join(map(str, shape))
-        parts.append(f"{value.name!r} ({dims})")
-    return ", ".join(parts)
+    return ", ".join(f"{v.name!r} ({_size(found, v)})" for v in found.view.graph.outputs)
+
+
+def _size(found: Survey, value: gs.Tensor) -> str:
+    """An output's dimensions: numbers, and names where the file leaves them open."""
+    declared = next(o for o in found.file.skeleton.graph.output if o.name == value.name)
+    dims = [d.dim_value or d.dim_param for d in declared.type.tensor_type.shape.dim]
+    measured = found.shapes.of(value)
+    if measured is None:
+        return " x ".join(str(d or "?") for d in dims) or "of unknown shape"
+    if len(dims) != len(measured):
+        dims = [""] * len(measured)
+    # Where neither says, the size at which the graph was walked, but for the batch of that walk.
+    walked = ["batch" if found.image.open_batch else measured[0], *measured[1:]]
+    return " x ".join(str(d or n) for d, n in zip(dims, walked, strict=True))

@@ -7,7 +7,7 @@ else of it that the patch does not touch: metadata, functions, weights in their 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from regraft.neurons import Neurons
 from regraft.redirect import RedirectOptions
 from regraft_export.foreign.exits import cut_exits
 from regraft_export.foreign.mlp import Mlp
-from regraft_export.foreign.shapes import Conflict, measure
+from regraft_export.foreign.shapes import Conflict, Shape, measure
 from regraft_export.foreign.survey import MARK, Survey
 from regraft_export.graph.anchors import DownProjection
 from regraft_export.graph.append_register import mend
@@ -33,7 +33,7 @@ from regraft_export.graph.redirect_neurons import redirect_neurons
 from regraft_export.graph.token_axis import TokenAxis
 from regraft_export.onnx_file.read import OnnxFile
 from regraft_export.onnx_file.stored import Stored
-from regraft_export.onnx_file.view import rewritten, view
+from regraft_export.onnx_file.view import View, rewritten, view
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def patch(found: Survey, neurons: Neurons, options: RedirectOptions) -> Patched:
     layout = found.layout(options.registers, exact=exact)
     graph, entry = found.view.graph, found.entry
     token = entry.tokens.name
-    outputs = {t.name: found.shapes.of(t) for t in graph.outputs}
+    walks = [(given, _output_shapes(found.view, given)) for given in _sizes(found)]
     axis = follow(found, options.registers)
     downs = {i: _down(graph, found, axis, i) for i in neurons.layers}
     redirects = {i: d.matmul.name for i, d in downs.items()}
@@ -91,7 +91,7 @@ def patch(found: Survey, neurons: Neurons, options: RedirectOptions) -> Patched:
     proto, stored = rewritten(found.view, grown(found, axis))
     _mark(proto, neurons, options)
     sites = Sites(token=1, redirect=len(downs), output=len(exits), mended=tuple(mended))
-    _check(found, proto, stored, sites, outputs)
+    _check(found, proto, stored, sites, walks)
     return Patched(proto, stored, sites, token, redirects, tuple(exits), added)
 
 
@@ -204,22 +204,22 @@ def _check(
     proto: onnx.ModelProto,
     stored: dict[str, Stored],
     sites: Sites,
-    before: Mapping[str, tuple[int, ...] | None],
+    walks: Sequence[tuple[Mapping[str, Shape], Mapping[str, Shape | None]]],
 ) -> None:
     """Walks the patched graph: it must hold together, and give the shapes the file gave."""
     onnx.checker.check_model(_without_weights(proto, stored))
     after = view(OnnxFile(found.file.path, proto, stored, found.file.external))
     after.graph.toposort()
-    try:
-        shapes = measure(after, found.shapes.inputs)
-    except Conflict as error:
-        raise RewriteError(f"the patched graph does not hold together: {error}") from None
-    for value in after.graph.outputs:
-        if shapes.of(value) != before[value.name]:
-            raise RewriteError(
-                f"the output {value.name!r} would change its shape from {before[value.name]} to "
-                f"{shapes.of(value)}"
-            )
+    for given, before in walks:
+        try:
+            shapes = _output_shapes(after, given)
+        except Conflict as error:
+            raise RewriteError(f"the patched graph does not hold together: {error}") from None
+        for name, shape in shapes.items():
+            if shape != before[name]:
+                raise RewriteError(
+                    f"the output {name!r} would change its shape from {before[name]} to {shape}"
+                )
     names = [n.name for n in proto.graph.node]
     cuts = sum(name.startswith("regraft.cut.") for name in names)
     weights = sum(
@@ -232,6 +232,17 @@ def _check(
             f"the patched graph has {counted[0]} token, {counted[1]} redirect and {counted[2]} "
             f"output sites; expected 1, {sites.redirect} and {max(1, sites.output)}"
         )
+
+
+def _sizes(found: Survey) -> list[Mapping[str, Shape]]:
+    """Sizes of the inputs at which the graph is walked: where they are open, a larger one too."""
+    larger = found.image.larger
+    return [found.shapes.inputs] if larger is None else [found.shapes.inputs, larger]
+
+
+def _output_shapes(seen: View, given: Mapping[str, Shape]) -> dict[str, Shape | None]:
+    shapes = measure(seen, given)
+    return {t.name: shapes.of(t) for t in seen.graph.outputs}
 
 
 def _without_weights(proto: onnx.ModelProto, stored: dict[str, Stored]) -> onnx.ModelProto:

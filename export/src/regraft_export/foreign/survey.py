@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ from regraft_export.foreign.reach import Reach
 from regraft_export.foreign.shapes import Shapes
 from regraft_export.foreign.stacks import Stack, choose, find_stacks
 from regraft_export.foreign.trial import Image, walk
-from regraft_export.graph.drop_neutral_mask import drop_neutral_mask
+from regraft_export.graph.drop_neutral_mask import Dropped, drop_neutral_mask
 from regraft_export.onnx_file.read import OnnxFile
 from regraft_export.onnx_file.view import View, view
 
@@ -136,11 +136,12 @@ def survey(
     """
     _refuse(file)
     seen = view(file)
-    drop_neutral_mask(seen.graph)
+    dropped = drop_neutral_mask(seen.graph)
     seen.graph.toposort()
     reach = Reach(seen.graph.nodes)
     stack = choose(seen, find_stacks(seen, reach), prefix)
     image, shapes = walk(seen, stack, reach, image_size)
+    _refuse_wide_masks(file, dropped, shapes)
     entry = find_entry(stack, image, shapes, reach)
     attentions = _attentions(file, stack, entry, reach)
     return Survey(seen, stack, image, entry, shapes, reach, attentions)
@@ -156,6 +157,23 @@ def _refuse(file: OnnxFile) -> None:
             f"{file.path}: is of opset {file.opset}; expected {MIN_OPSET} or later: export it "
             "again, or convert it with onnx.version_converter"
         )
+
+
+def _refuse_wide_masks(file: OnnxFile, dropped: Iterable[Dropped], shapes: Shapes) -> None:
+    """A mask that masks nothing may still have made what it was put on larger."""
+    for mask in dropped:
+        if mask.kept is None:
+            continue
+        known = [shapes.of(t) for t in mask.inputs]
+        wide = None
+        if all(shape is not None for shape in known):
+            wide = np.broadcast_shapes(*(shape or () for shape in known))
+        if wide is None or wide != shapes.of(mask.kept):
+            raise ModelError(
+                f"{file.path}: node {mask.node.name!r} ({mask.node.op}) puts a mask that masks "
+                f"nothing on {mask.kept.name!r} of shape {shapes.of(mask.kept)} and gives shape "
+                f"{wide}; expected a mask no larger than what it is put on"
+            )
 
 
 def _attentions(file: OnnxFile, stack: Stack, entry: Entry, reach: Reach) -> tuple[gs.Node, ...]:

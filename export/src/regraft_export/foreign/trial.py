@@ -29,14 +29,19 @@ class Image:
         name: of the graph's input.
         shape: as the file declares it: numbers, or None where it is open.
         size: (H, W) at which the graph was walked.
-        open_size: whether height and width may be others.
-        open_batch: whether the batch size may be another.
+        larger: shapes of all inputs, the images a patch larger each way, that the graph takes too;
+            None where height and width are fixed.
     """
 
     name: str
     shape: tuple[int | None, ...]
     size: tuple[int, int]
-    open_size: bool
+    larger: Mapping[str, Shape] | None
+
+    @property
+    def open_size(self) -> bool:
+        """Whether height and width may be others."""
+        return self.larger is not None
 
     @property
     def open_batch(self) -> bool:
@@ -90,8 +95,9 @@ def walk(
             reason = str(error)
             continue
         if shapes.of(stack.start) is not None:
-            opened = None in declared[name][2:] and _fits_larger(view, inputs, name, conv)
-            return Image(name, declared[name], (height, width), opened), shapes
+            opened = None in declared[name][2:]
+            larger = _larger(view, inputs, name, conv) if opened else None
+            return Image(name, declared[name], (height, width), larger), shapes
         reason = f"the shape of {stack.start.name!r} cannot be inferred"
     wanted = "s that fit its constants" if size is None else f" {size[0]} x {size[1]}"
     raise ModelError(
@@ -174,12 +180,15 @@ def _inputs(
     return inputs
 
 
-def _fits_larger(view: View, inputs: Mapping[str, Shape], name: str, conv: gs.Node) -> bool:
-    """Whether the graph also takes images that are a patch larger each way."""
+def _larger(
+    view: View, inputs: Mapping[str, Shape], name: str, conv: gs.Node
+) -> Mapping[str, Shape] | None:
+    """The inputs with images that are a patch larger each way, if the graph takes them."""
     down, across = conv.attrs.get("strides", [1, 1])
     batch, channels, height, width = inputs[name]
+    larger = {**inputs, name: (batch, channels, height + down, width + 2 * across)}
     try:
-        measure(view, {**inputs, name: (batch, channels, height + down, width + 2 * across)})
+        measure(view, larger)
     except Conflict:
-        return False
-    return True
+        return None
+    return larger

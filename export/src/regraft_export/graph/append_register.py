@@ -1,7 +1,8 @@
 """Rewrite: the test-time registers enter the network as zero tokens, appended last.
 
 1. ``tokens`` (B, T, D) is padded with R zero rows: one Pad node, which needs no batch size.
-2. Every baked token count between the token entry and ``final`` becomes T + R.
+2. Every baked token count between the token entry and ``final`` becomes T + R; so does every one
+   that is computed from something else than the tokens.
 3. Tables of rotary positions get R rows that rotate nothing.
 
 Before::  tokens -> block 0            After::  tokens -> Pad -> block 0
@@ -9,7 +10,7 @@ Before::  tokens -> block 0            After::  tokens -> Pad -> block 0
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -18,6 +19,7 @@ from regraft.errors import RewriteError
 from regraft_export.graph.anchors import Anchors
 from regraft_export.graph.document import Editor, ancestors, consumers, replace_uses, tensor
 from regraft_export.graph.rotary_tables import RotaryTable, bind_rotary_tables, table_dims
+from regraft_export.graph.shape_values import Baked, elements_of
 from regraft_export.graph.token_axis import TokenAxis
 
 
@@ -83,19 +85,49 @@ def _refuse_leaks(graph: gs.Graph, anchors: Anchors, axis: TokenAxis, inside: se
 
 
 def mend(graph: gs.Graph, axis: TokenAxis) -> list[str]:
-    """Gives every baked token count that was found its new value; returns them in words."""
+    """Gives every token count that was found its new value; returns them in words."""
     editor = Editor(graph)
     done: list[str] = []
-    by_use: dict[tuple[int, int], tuple[gs.Node, int, dict[int, int]]] = {}
-    for baked, value in axis.settled.items():
-        if baked.node.inputs[baked.slot].values.flat[baked.index] != value:
-            entry = by_use.setdefault((id(baked.node), baked.slot), (baked.node, baked.slot, {}))
-            entry[2][baked.index] = value
-    for node, slot, changes in by_use.values():
+    for node, slot, changes in _by_use(
+        (baked, value)
+        for baked, value in axis.settled.items()
+        if baked.node.inputs[baked.slot].values.flat[baked.index] != value
+    ):
         # A constant of its own: other nodes may share the old one and mean another number.
         values = node.inputs[slot].values.copy()
         for index, value in changes.items():
             done.append(f"{node.name}: {values.flat[index]} -> {value}")
             values.flat[index] = value
         node.inputs[slot] = editor.constant(f"{node.name}.tokens", values)
+    return done + _grow(editor, axis)
+
+
+def _grow(editor: Editor, axis: TokenAxis) -> list[str]:
+    """Adds R to token counts that the graph computes; one node for all who read the same."""
+    done: list[str] = []
+    sums: dict[tuple[int, bytes], gs.Variable] = {}
+    for node, slot, changes in _by_use(axis.grown.items()):
+        target = node.inputs[slot]
+        elements = elements_of(axis.elements[id(target)])
+        more = np.zeros(len(elements), dtype=np.int64)
+        for index, count in changes.items():
+            more[index] = count
+            before = elements[index].before
+            done.append(f"{node.name}: {before} -> {before + count}, computed")
+        key = (id(target), more.tobytes())
+        if key not in sums:
+            added = editor.constant(f"{node.name}.registers", more)
+            sums[key] = editor.node("Add", f"{node.name}.tokens", [target, added], dtype=np.int64)
+        node.inputs[slot] = sums[key]
     return done
+
+
+def _by_use(
+    items: Iterable[tuple[Baked, int]],
+) -> list[tuple[gs.Node, int, dict[int, int]]]:
+    """(node, slot, {element: number}) of elements that one node reads of one input."""
+    by_use: dict[tuple[int, int], tuple[gs.Node, int, dict[int, int]]] = {}
+    for baked, number in items:
+        entry = by_use.setdefault((id(baked.node), baked.slot), (baked.node, baked.slot, {}))
+        entry[2][baked.index] = number
+    return list(by_use.values())

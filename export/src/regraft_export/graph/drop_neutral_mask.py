@@ -1,138 +1,120 @@
 """Rewrite: an attention mask that lets everything through is dropped.
 
 transformers writes one into every vision model it traces, with the token count baked in, and a
-guard against rows that are masked whole. Neither does anything, both cost time.
+guard against rows that are masked whole. Neither does anything, both cost time. What a mask holds
+is proven for every batch and image size (``value_bounds.py``), in whichever way it is written.
 
-1. ``scores + Where(all true, 0, -inf)``, and the other ways to add zeros, becomes ``scores``.
+1. ``scores + 0`` before a softmax becomes ``scores``.
 2. ``Attention(q, k, v, all true)``, or with a mask of zeros, becomes ``Attention(q, k, v)``.
 3. ``Where(IsNaN(p), 0, p)`` after that softmax becomes ``p``: without a mask no row is NaN unless
    its input is, and then the NaN must show.
+4. ``Where(never, 0, attended)``, by which transformers' own exporter zeroes rows without a key,
+   becomes ``attended``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-import numpy as np
 import onnx_graphsurgeon as gs
-from numpy.typing import NDArray
 
-from regraft_export.graph.document import ancestors, consumers, replace_uses
+from regraft_export.graph.document import consumers, replace_uses
+from regraft_export.graph.value_bounds import bounds
+
+_PASSES = frozenset(["Cast", "Identity"])
+_ATTENDS = frozenset(["MatMul", "Softmax", "Attention"])
 
 
-def drop_neutral_mask(graph: gs.Graph) -> int:
-    """Drops the masks; returns how many attentions were freed of one."""
-    dropped = 0
+@dataclass(frozen=True)
+class Dropped:
+    """A node that went, or an ``Attention`` node that lost its mask.
+
+    Attributes:
+        node: it reads nothing any more, unless it is an ``Attention`` node.
+        inputs: what it read.
+        kept: what its readers read now; None for an ``Attention`` node.
+    """
+
+    node: gs.Node
+    inputs: tuple[gs.Tensor, ...]
+    kept: gs.Tensor | None
+
+
+def drop_neutral_mask(graph: gs.Graph) -> list[Dropped]:
+    """Drops the masks and their guards; returns the nodes that were freed of one."""
+    dropped = []
+    outputs = {id(t) for t in graph.outputs}  # they keep their names, and so their nodes
     for node in list(graph.nodes):
-        if node.op == "Attention" and not node.domain and len(node.inputs) == 4:
-            if _neutral(node.inputs[3]):
-                node.inputs = list(node.inputs[:3])
-                dropped += 1
-        elif node.op == "Add" and any(_adds_nothing(t) for t in node.inputs):
-            mask = next(t for t in node.inputs if _adds_nothing(t))
-            scores = next(t for t in node.inputs if t is not mask)
-            if any(n.op == "Softmax" for n in consumers(node.outputs[0])):
-                replace_uses(graph, node.outputs[0], scores)
-                _drop_guard(graph, scores)
-                dropped += 1
-        elif node.op == "Where" and _all_true(node.inputs[0]) and _all_zero(node.inputs[1]):
-            for add in consumers(node.outputs[0]):
-                if add.op == "Add":
-                    scores = next(t for t in add.inputs if t is not node.outputs[0])
-                    replace_uses(graph, add.outputs[0], scores)
-                    _drop_guard(graph, scores)
-                    dropped += 1
+        # A guard that went already reads nothing.
+        if node.domain or not node.inputs or id(node.outputs[0]) in outputs:
+            continue
+        if node.op == "Attention" and len(node.inputs) == 4 and _neutral(node.inputs[3]):
+            dropped.append(Dropped(node, tuple(node.inputs), None))
+            node.inputs = list(node.inputs[:3])
+        elif node.op == "Add" and _leads_to_softmax(node):
+            zeros = [i for i, t in enumerate(node.inputs) if _adds_nothing(t)]
+            if zeros:
+                scores = node.inputs[1 - zeros[0]]
+                dropped.append(_bypass(graph, node, scores))
+                dropped += _drop_guards(graph, scores)
+        elif node.op == "Where" and _never(node):
+            dropped.append(_bypass(graph, node, node.inputs[2]))
+    gone = {id(d.node) for d in dropped if d.kept is not None}
+    graph.nodes = [n for n in graph.nodes if id(n) not in gone]
     return dropped
 
 
-def _is_mask(value: gs.Tensor) -> bool:
-    """Whether a constant is a mask of zeros over pairs of tokens, (..., T, T)."""
-    if not isinstance(value, gs.Constant) or len(value.shape) < 3:
-        return False
-    T = value.shape[-1]
-    return T > 1 and value.shape[-2] == T and set(value.shape[:-2]) == {1} and _all_zero(value)
+def _bypass(graph: gs.Graph, node: gs.Node, kept: gs.Tensor) -> Dropped:
+    replace_uses(graph, node.outputs[0], kept)
+    dropped = Dropped(node, tuple(node.inputs), kept)
+    node.inputs = []
+    return dropped
 
 
-def _adds_nothing(value: gs.Tensor) -> bool:
-    """Whether a tensor is a mask of zeros, or ``(not all true) * a finite number``."""
-    if _is_mask(value):
-        return True
-    made = value.inputs[0] if isinstance(value, gs.Variable) and value.inputs else None
-    if made is None or made.op != "Mul":
-        return False
-    a, b = made.inputs
-    for factor, other in ((a, b), (b, a)):
-        while factor.inputs and factor.inputs[0].op in ("Cast", "Identity"):
-            factor = factor.inputs[0].inputs[0]
-        inverted = bool(factor.inputs) and factor.inputs[0].op == "Not"
-        finite = isinstance(other, gs.Constant) and bool(np.isfinite(other.values).all())
-        if inverted and finite and _all_true(factor.inputs[0].inputs[0]):
+def attentions(dropped: Iterable[Dropped]) -> int:
+    """How many attentions were freed of a mask."""
+    return sum(d.node.op != "Where" for d in dropped)
+
+
+def _leads_to_softmax(node: gs.Node) -> bool:
+    pending = consumers(node.outputs[0])
+    while pending:
+        reader = pending.pop()
+        if reader.op == "Softmax":
             return True
+        if reader.op in _PASSES:
+            pending += consumers(reader.outputs[0])
     return False
 
 
+def _adds_nothing(value: gs.Tensor) -> bool:
+    known = bounds(value)
+    return known is not None and known.zero
+
+
 def _neutral(value: gs.Tensor) -> bool:
-    made = value.inputs[0] if isinstance(value, gs.Variable) and value.inputs else None
-    if made is not None and made.op == "Where":
-        return _all_true(made.inputs[0]) and _all_zero(made.inputs[1])
-    return _all_true(value) or _is_mask(value)
+    known = bounds(value)
+    return known is not None and (known.zero or known.true)
 
 
-def _drop_guard(graph: gs.Graph, scores: gs.Tensor) -> None:
+def _never(where: gs.Node) -> bool:
+    """Whether a Where would replace what an attention gave by zeros, and never does."""
+    condition, replacement, kept = where.inputs
+    if len(kept.inputs) != 1 or kept.inputs[0].op not in _ATTENDS or not _adds_nothing(replacement):
+        return False
+    known = bounds(condition)
+    return known is not None and known.false
+
+
+def _drop_guards(graph: gs.Graph, scores: gs.Tensor) -> list[Dropped]:
+    dropped = []
     for softmax in (n for n in consumers(scores) if n.op == "Softmax"):
         p = softmax.outputs[0]
         for where in (n for n in consumers(p) if n.op == "Where"):
             condition, replacement, kept = where.inputs
             asks = condition.inputs[0] if condition.inputs else None
             guards = asks is not None and asks.op == "IsNaN" and asks.inputs[0] is p
-            if kept is p and guards and _all_zero(replacement):
-                replace_uses(graph, where.outputs[0], p)
-
-
-def _all_true(value: gs.Tensor) -> bool:
-    while isinstance(value, gs.Variable) and value.inputs:
-        if value.inputs[0].op not in ("Expand", "Identity", "Unsqueeze", "Reshape"):
-            return _computed_true(value)
-        value = value.inputs[0].inputs[0]
-    is_mask = isinstance(value, gs.Constant) and np.dtype(value.dtype) == np.bool_
-    return bool(is_mask and value.values.all())
-
-
-def _computed_true(value: gs.Variable) -> bool:
-    """Whether a mask that an unoptimised export computes from constants alone is all true."""
-    nodes = ancestors(value)
-    read = [t for node in nodes for t in node.inputs]
-    from_constants = all(isinstance(t, gs.Constant) or t.inputs for t in read)
-    if len(nodes) > _MASK_NODES or not from_constants or any(n.domain for n in nodes):
-        return False
-    known: dict[str, NDArray[Any]] = {t.name: t.values for t in read if isinstance(t, gs.Constant)}
-    for _ in nodes:
-        pending = [n for n in nodes if n.outputs[0].name not in known]
-        ready = [n for n in pending if all(t.name in known for t in n.inputs)]
-        for node in ready:
-            if node.op not in _FOLDED:
-                return False
-            known[node.outputs[0].name] = _FOLDED[node.op](*(known[t.name] for t in node.inputs))
-    mask = known.get(value.name)
-    return mask is not None and mask.dtype == np.bool_ and bool(mask.all())
-
-
-def _unsqueezed(value: NDArray[Any], axes: NDArray[Any]) -> NDArray[Any]:
-    return np.expand_dims(value, tuple(axes.ravel().tolist()))
-
-
-_MASK_NODES = 32
-_FOLDED: dict[str, Callable[..., NDArray[Any]]] = {
-    "Range": np.arange,
-    "Add": np.add,
-    "CastLike": lambda value, like: value.astype(like.dtype),
-    "Unsqueeze": _unsqueezed,
-    "GreaterOrEqual": np.greater_equal,
-    "And": np.logical_and,
-    "Not": np.logical_not,
-}
-
-
-def _all_zero(value: gs.Tensor) -> bool:
-    return isinstance(value, gs.Constant) and not np.asarray(value.values, np.float64).any()
+            if kept is p and guards and _adds_nothing(replacement):
+                dropped.append(_bypass(graph, where, p))
+    return dropped

@@ -241,6 +241,7 @@ _COMPUTED: dict[str, Callable[[gs.Node, list[Elements]], Elements]] = {
     "Max": _elementwise(lambda *given: max(given)),
     "Neg": _elementwise(lambda a: -a),
     "Abs": _elementwise(abs),
+    "Sign": _elementwise(lambda a: (a > 0) - (a < 0)),
     "Sqrt": _elementwise(lambda a: math.sqrt(max(a, 0))),
     "Reciprocal": _elementwise(lambda a: 1 / a if a else 0),
     "Floor": _elementwise(lambda a: float(math.floor(a))),

@@ -35,6 +35,8 @@ class TokenAxis:
         dims: dimensions of every tensor that was visited, by id; given at first for tensors that
             enter the network beside the tokens and grow with them.
         settled: baked element -> what the nodes that depend on it need it to be.
+        grown: element that the graph computes from something else than the tokens, as from the
+            size of the image -> how much is to be added to it.
     """
 
     tokens: gs.Variable
@@ -45,6 +47,7 @@ class TokenAxis:
     dims: dict[int, Dims] = field(default_factory=dict)
     elements: dict[int, Elements] = field(default_factory=dict)
     settled: dict[Baked, int] = field(default_factory=dict)
+    grown: dict[Baked, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         T, D = self.shape
@@ -139,14 +142,23 @@ class TokenAxis:
             raise self.undecided(node, "what this operator does to them")
         return rule(self, node)
 
-    def expect(self, node: gs.Node, element: shape_values.Element, wanted: tuple[int, int]) -> None:
-        """Makes a target dimension follow: nothing to do, a mend, or an error."""
+    def expect(
+        self, node: gs.Node, place: int, element: shape_values.Element, wanted: tuple[int, int]
+    ) -> None:
+        """Makes element ``place`` of a target (input 1) follow: nothing to do, a mend, or an error.
+
+        A count of tokens alone may be computed from what does not grow: then R is added to it. What
+        is a multiple of it cannot be told from other numbers.
+        """
         if element.before in (0, -1):
             return
         if element.origin is not None:
             self._settle(node, element.origin, element.before, wanted[1])
         elif element.after != wanted[1]:
-            raise self.undecided(node, f"its target dimension {element.before}")
+            more = wanted[1] - element.before
+            if element.after != element.before or more != self.registers:
+                raise self.undecided(node, f"its target dimension {element.before}")
+            self.grown[Baked(node, 1, place)] = more
 
     def _settle_all(self, node: gs.Node, elements: Elements | None) -> None:
         """The constants behind these elements must stay as they are."""

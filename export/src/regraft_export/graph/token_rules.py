@@ -130,8 +130,8 @@ def _reshape(axis: TokenAxis, node: gs.Node) -> list[Dims]:
         known = prod(s for s in sizes if s != -1)
         sizes[sizes.index(-1)] = prod(source.before) // known
     wanted = _regrouped(axis, node, source, sizes)
-    for element, pair in zip(target, wanted, strict=True):
-        axis.expect(node, element, pair)
+    for place, (element, pair) in enumerate(zip(target, wanted, strict=True)):
+        axis.expect(node, place, element, pair)
     return [from_pairs(wanted)]
 
 
@@ -191,10 +191,11 @@ def _expand(axis: TokenAxis, node: gs.Node) -> list[Dims]:
     rank = max(len(target), len(source.before))
     pairs = [(1, 1)] * (rank - len(source.before)) + source.pairs()
     wanted = []
-    for k, element in enumerate(target, rank - len(target)):
+    for place, element in enumerate(target):
+        k = rank - len(target) + place
         pair = pairs[k] if pairs[k][0] != 1 else (element.before, element.after)
         if pairs[k][0] != 1 and element.before != 1:
-            axis.expect(node, element, pair)
+            axis.expect(node, place, element, pair)
         wanted.append(pair)
     return [from_pairs(pairs[: rank - len(target)] + wanted)]
 
@@ -243,8 +244,8 @@ def _split_tokens(axis: TokenAxis, node: gs.Node, dims: Dims, k: int) -> list[Di
         raise axis.undecided(node, "a split of the token axis")
     wanted = [(e.before, e.before) for e in sizes[:-1]]
     wanted.append((sizes[-1].before, sizes[-1].before + more))
-    for element, pair in zip(sizes, wanted, strict=True):
-        axis.expect(node, element, pair)
+    for place, (element, pair) in enumerate(zip(sizes, wanted, strict=True)):
+        axis.expect(node, place, element, pair)
     pairs = dims.pairs()
     return [from_pairs([*pairs[:k], pair, *pairs[k + 1 :]]) for pair in wanted]
 

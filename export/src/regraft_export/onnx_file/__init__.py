@@ -6,6 +6,6 @@
 - ``write.py``: a model with large tensors copied from where they lie.
 - ``view.py``: such a model as a graphsurgeon graph to rewrite, and back with all metadata kept.
 - ``subgraph.py``: the part of it between some of its tensors.
-- ``widen.py``: the float32 twin of a bfloat16 model.
+- ``widen.py``: float16 and bfloat16 as float32, in nodes and whole models.
 - ``session.py``: running it on the CPU, weights shared between parts.
 """

@@ -51,11 +51,13 @@ class View:
         file: what it is a view of.
         graph: for rewrites. Constant nodes are constants here.
         origin: position of each node in the model, by id.
+        read: these nodes, held so that no new one gets the id of one that a rewrite removed.
     """
 
     file: OnnxFile
     graph: gs.Graph
     origin: dict[int, int]
+    read: tuple[gs.Node, ...]
 
 
 def view(file: OnnxFile) -> View:
@@ -87,7 +89,7 @@ def view(file: OnnxFile) -> View:
         for reader in list({id(n): n for n in variable.outputs}.values()):
             reader.inputs = [constant if t is variable else t for t in reader.inputs]
     graph.nodes = kept
-    return View(file, graph, origin)
+    return View(file, graph, origin, tuple(kept))
 
 
 def _constant(node: onnx.NodeProto) -> NDArray[Any] | None:

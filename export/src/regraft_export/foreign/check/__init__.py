@@ -14,7 +14,6 @@ that counts layers wrongly or takes another product for a down-projection; a fil
 attentions and MLPs differ is refused by the survey, and fingerprints in the neurons file tell.
 
 - ``pieces.py``: nodes of a file between tensors, run by ONNX Runtime.
-- ``widen.py``: float16 and bfloat16 as float32.
 - ``forms.py``: along which axis tokens lie in a tensor.
 - ``attention.py``: where a block's attention reads and writes, and attention in numpy.
 - ``method.py``: Algorithm 2 in numpy.

@@ -18,9 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from regraft.engines.cores import usable_cores
 from regraft.errors import EngineError, RewriteError, how_to_install
-from regraft_export.foreign.check.widen import NARROW, widen_node
 from regraft_export.onnx_file.read import OnnxFile
 from regraft_export.onnx_file.view import reads
+from regraft_export.onnx_file.widen import NARROW, widen_nodes
 
 Arrays = dict[str, NDArray[Any]]
 ASKS_SHAPE = frozenset(["Shape", "Size"])
@@ -199,8 +199,9 @@ def _model(
     for position in span.nodes:
         node = graph.node.add()
         node.CopyFrom(cutter.node(position))
-        if cutter.widen:
-            widen_node(node)
+    if cutter.widen:
+        widen_nodes(graph.node, NARROW)
+        widen_nodes((node for function in model.functions for node in function.node), NARROW)
     read = {name for i in span.nodes for name in reads(cutter.node(i))}
     for name in sorted(read & cutter.weights.keys()):
         values = cutter.array(name)

@@ -1,0 +1,241 @@
+"""Between which numbers all elements of a tensor lie, whatever the images and their number.
+
+Exporters write attention masks in many ways: constants, comparisons of computed ranges, sums of
+them. None is matched here: constants and operators are followed with intervals, so that what is
+said of a tensor holds for every element of it, at every batch and image size. Where an operator is
+not known, nothing is said. Results of arithmetic hold in any floating-point type: rounding keeps
+order, and only comparisons that survive it are decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf, isfinite
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from regraft_export.graph.document import dtype_of
+from regraft_export.graph.token_rules import STANDARD_DOMAINS
+
+_MOST = 256  # integers up to it are exact in every type, bfloat16 among them
+_DEEPEST = 64
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What is known of every element of a tensor, none of which is NaN.
+
+    Attributes:
+        low, high: the elements lie between them, both included; of booleans 0 and 1.
+        boolean: whether they are booleans.
+    """
+
+    low: float
+    high: float
+    boolean: bool = False
+
+    @property
+    def zero(self) -> bool:
+        """Whether every element is the number 0."""
+        return self.low == self.high == 0 and not self.boolean
+
+    @property
+    def true(self) -> bool:
+        """Whether every element is true."""
+        return self.boolean and self.low == 1
+
+    @property
+    def false(self) -> bool:
+        """Whether every element is false."""
+        return self.boolean and self.high == 0
+
+
+def bounds(value: gs.Tensor, deepest: int = _DEEPEST) -> Bounds | None:
+    """Bounds of all elements of a tensor; None if nothing is known of them.
+
+    Args:
+        value: constants are read.
+        deepest: how many nodes before it are followed, one after another.
+    """
+    if isinstance(value, gs.Constant):
+        return _constant(value)
+    if len(value.inputs) != 1 or not deepest:
+        return None
+    node = value.inputs[0]
+    rule = _RULES.get(node.op) if node.domain in STANDARD_DOMAINS else None
+    if rule is None:
+        return None
+    return rule(node, lambda slot: bounds(node.inputs[slot], deepest - 1))
+
+
+_Inputs = Callable[[int], Bounds | None]
+_Rule = Callable[[gs.Node, _Inputs], Bounds | None]
+
+
+def _constant(value: gs.Constant) -> Bounds | None:
+    values = np.asarray(value.values)
+    if not values.size or values.dtype.kind in "OUSc":
+        return None
+    if values.dtype == np.bool_:
+        return Bounds(float(values.min()), float(values.max()), boolean=True)
+    wide = values.astype(np.float64)
+    return None if np.isnan(wide).any() else Bounds(float(wide.min()), float(wide.max()))
+
+
+def _same(node: gs.Node, read: _Inputs) -> Bounds | None:
+    """Elements are moved, repeated or left out."""
+    return read(0)
+
+
+def _union(node: gs.Node, read: _Inputs) -> Bounds | None:
+    return _hull([read(i) for i in range(len(node.inputs))])
+
+
+def _hull(parts: list[Bounds | None]) -> Bounds | None:
+    known = [b for b in parts if b is not None]
+    if not known or len(known) < len(parts) or len({b.boolean for b in known}) > 1:
+        return None
+    return Bounds(min(b.low for b in known), max(b.high for b in known), known[0].boolean)
+
+
+def _cast(node: gs.Node, read: _Inputs) -> Bounds | None:
+    given = read(0)
+    kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(int(node.attrs["to"])))
+    return None if given is None else _as(given, kind)
+
+
+def _cast_like(node: gs.Node, read: _Inputs) -> Bounds | None:
+    given, like = read(0), node.inputs[1]
+    return None if given is None or like.dtype is None else _as(given, dtype_of(like))
+
+
+def _as(given: Bounds, kind: np.dtype[np.generic]) -> Bounds | None:
+    if kind == np.bool_:
+        nothing, something = given.low == given.high == 0, given.low > 0 or given.high < 0
+        return Bounds(float(something), float(not nothing), boolean=True)
+    if kind.kind in "iu" and not (_exact(given.low) and _exact(given.high)):
+        return None
+    return None if kind.kind == "u" and given.low < 0 else _rounded(given.low, given.high)
+
+
+def _rounded(low: float, high: float) -> Bounds:
+    """Numbers, of which those that some type cannot hold may be anything beyond."""
+    return Bounds(low if _exact(low) else -inf, high if _exact(high) else inf)
+
+
+def _exact(number: float) -> bool:
+    return number.is_integer() and abs(number) <= _MOST
+
+
+def _not(node: gs.Node, read: _Inputs) -> Bounds | None:
+    given = read(0)
+    return None if given is None else Bounds(1 - given.high, 1 - given.low, boolean=True)
+
+
+def _and(node: gs.Node, read: _Inputs) -> Bounds:
+    a, b = (read(i) or _ANY for i in range(2))
+    return Bounds(min(a.low, b.low), min(a.high, b.high), boolean=True)
+
+
+def _or(node: gs.Node, read: _Inputs) -> Bounds:
+    a, b = (read(i) or _ANY for i in range(2))
+    return Bounds(max(a.low, b.low), max(a.high, b.high), boolean=True)
+
+
+_ANY = Bounds(0, 1, boolean=True)
+
+
+def _at_least(first: int, *, otherwise: bool = False) -> _Rule:
+    """``a >= b`` for all elements, a being input ``first``; nothing is said if it may be false.
+
+    ``otherwise`` is for the opposite comparison, which is then false for all.
+    """
+
+    def rule(node: gs.Node, read: _Inputs) -> Bounds | None:
+        a, b = read(first), read(1 - first)
+        if a is None or b is None or a.low < b.high:
+            return None
+        return Bounds(float(not otherwise), float(not otherwise), boolean=True)
+
+    return rule
+
+
+def _add(node: gs.Node, read: _Inputs) -> Bounds | None:
+    return _sum(read(0), read(1))
+
+
+def _subtract(node: gs.Node, read: _Inputs) -> Bounds | None:
+    taken = read(1)
+    return _sum(read(0), None if taken is None else Bounds(-taken.high, -taken.low))
+
+
+def _sum(a: Bounds | None, b: Bounds | None) -> Bounds | None:
+    if a is None or b is None or (inf in (a.high, b.high) and -inf in (a.low, b.low)):
+        return None  # infinity less infinity is NaN
+    return _rounded(a.low + b.low, a.high + b.high)
+
+
+def _product(node: gs.Node, read: _Inputs) -> Bounds | None:
+    """Zero times what is finite; nothing is said of other products."""
+    a, b = read(0), read(1)
+    for nought, other in ((a, b), (b, a)):
+        if nought is not None and other is not None and nought.zero:
+            return nought if isfinite(other.low) and isfinite(other.high) else None
+    return None
+
+
+def _range(node: gs.Node, read: _Inputs) -> Bounds | None:
+    """However long it is, it begins at its start."""
+    start, step = read(0), read(2)
+    if start is None or step is None or step.low < 0 or not _exact(start.low):
+        return None
+    return Bounds(start.low, inf)
+
+
+def _total(node: gs.Node, read: _Inputs) -> Bounds | None:
+    """A sum of one or more numbers that are not negative is none of them less."""
+    given = read(0)
+    if given is None or given.boolean or given.low < 0:
+        return None
+    return Bounds(given.low, 0.0 if given.high == 0 else inf)
+
+
+def _where(node: gs.Node, read: _Inputs) -> Bounds | None:
+    condition = read(0)
+    if condition is not None and (condition.true or condition.false):
+        return read(1 if condition.true else 2)
+    return _hull([read(1), read(2)])
+
+
+def _filled(node: gs.Node, read: _Inputs) -> Bounds | None:
+    value = node.attrs.get("value")
+    return Bounds(0, 0) if value is None else _constant(gs.Constant("value", value.values))
+
+
+_MOVES = (
+    "Identity", "Expand", "Unsqueeze", "Squeeze", "Reshape", "Transpose", "Slice", "Gather",
+    "Flatten", "Tile", "Split", "ReduceMax", "ReduceMin",
+)  # fmt: skip
+_RULES: dict[str, _Rule] = {
+    **dict.fromkeys(_MOVES, _same),
+    "Concat": _union,
+    "Cast": _cast,
+    "CastLike": _cast_like,
+    "Not": _not,
+    "And": _and,
+    "Or": _or,
+    "GreaterOrEqual": _at_least(0),
+    "LessOrEqual": _at_least(1),
+    "Less": _at_least(0, otherwise=True),
+    "Greater": _at_least(1, otherwise=True),
+    "Add": _add,
+    "Sub": _subtract,
+    "Mul": _product,
+    "Range": _range,
+    "ReduceSum": _total,
+    "Where": _where,
+    "ConstantOfShape": _filled,
+}
