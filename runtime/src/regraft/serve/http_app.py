@@ -156,7 +156,8 @@ class Application:
         given = request.headers.get("authorization", "").encode("latin-1")
         if self._key is not None and not hmac.compare_digest(given, self._key):
             raise Refusal(
-                Kind.UNAUTHENTICATED, "a key is needed; expected the header Authorization: Bearer"
+                Kind.UNAUTHENTICATED,
+                "a key is needed; expected the header Authorization: Bearer KEY",
             )
 
     async def _send(self, reply: Reply, request: Request, send: Send) -> None:

@@ -177,7 +177,8 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
         given = given.encode() if isinstance(given, str) else given
         if not hmac.compare_digest(given, self._key):
             raise Refusal(
-                Kind.UNAUTHENTICATED, "a key is needed; expected the metadata authorization: Bearer"
+                Kind.UNAUTHENTICATED,
+                "a key is needed; expected the metadata authorization: Bearer KEY",
             )
 
     @asynccontextmanager
