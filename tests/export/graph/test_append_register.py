@@ -45,6 +45,13 @@ TOKENWISE = {
         f"int64[3] s = {{-1, {17 * 4}, 3}}, int64[3] t = {{-1, 17, 12}}",
         [f"Reshape_0: {17 * 4} -> {19 * 4}", "Reshape_2: 17 -> 19"],
     ),
+    "a count that is computed from no token": (
+        "n = Add(side, one) t = Concat<axis = 0>(all, n, heads) a = Reshape(tokens, t) "
+        "b = Neg(a) c = Reshape(b, t) u = Concat<axis = 0>(all, n, width) final = Reshape(c, u)",
+        "int64[1] side = {16}, int64[1] one = {1}, int64[1] all = {-1}, int64[2] heads = {3, 4}, "
+        "int64[1] width = {12}",
+        [f"Reshape_{i}: 17 -> 19, computed" for i in (2, 4, 6)],
+    ),
     "heads merged into the batch": (
         "a = Reshape(tokens, s) b = Transpose<perm = [0, 2, 1, 3]>(a) c = Reshape(b, m) "
         "e = Exp(c) d = Reshape(e, b4) f = Transpose<perm = [0, 2, 1, 3]>(d) final = Reshape(f, t)",
@@ -152,6 +159,30 @@ def test_every_token_keeps_its_result_when_registers_follow(name: str) -> None:
         np.testing.assert_array_equal(after[:, 17:], alone[:, 15:])
 
 
+def test_readers_of_one_computed_count_share_a_sum() -> None:
+    nodes, initializers, _ = TOKENWISE["a count that is computed from no token"]
+    patched, _ = appended(network(nodes, initializers=initializers))
+    sums = [n.name for n in patched.graph.node if n.op_type == "Add"]
+    assert len(sums) == 3  # side + 1, and one for each of the two shapes
+
+
+def test_a_count_computed_from_the_images_size_stays_open() -> None:
+    model = network(
+        "s = Shape<start = 1, end = 2>(image) n = Add(s, one) b = Shape<start = 0, end = 1>(image) "
+        "t = Concat<axis = 0>(b, n, heads) a = Reshape(tokens, t) c = Neg(a) "
+        "u = Concat<axis = 0>(b, n, width) final = Reshape(c, u)",
+        initializers="int64[1] one = {1}, int64[2] heads = {3, 4}, int64[1] width = {12}",
+        inputs="float[batch, 16] image",
+    )
+    patched, mended = appended(model, registers=2)
+    assert len(mended) == 2
+    tokens = np.random.default_rng(0).normal(size=(3, 17, 12)).astype(np.float32)
+    feeds = {"tokens": tokens, "image": np.zeros((3, 16), np.float32)}
+    after = graphs.run(patched, feeds)["final"]
+    np.testing.assert_array_equal(after[:, :17], -tokens)
+    assert not after[:, 17:].any()
+
+
 def test_attention_over_baked_counts() -> None:
     model = network(
         "a = Reshape(tokens, s) q = Transpose<perm = [0, 2, 1, 3]>(a) "
@@ -176,6 +207,12 @@ REFUSED = {
         "a = Mul(n, m) b = Concat<axis = 0>(minus, a, three) final = Reshape(tokens, b)",
         "int64[1] n = {17}, int64[1] m = {4}, int64[1] minus = {-1}, int64[1] three = {3}",
         "node 'Reshape_2' (Reshape) reads tokens and its target dimension 68 cannot be decided",
+    ),
+    "half of a target that follows the tokens": (
+        "s = Shape<start = 1, end = 2>(tokens) a = Mul(s, s) n = Div(a, m) "
+        "b = Concat<axis = 0>(minus, n, width) final = Reshape(tokens, b)",
+        "int64[1] m = {17}, int64[1] minus = {-1}, int64[1] width = {12}",
+        "node 'Reshape_4' (Reshape) reads tokens and its target dimension 17 cannot be decided",
     ),
     "a per-token constant": (
         "final = Add(tokens, c)",

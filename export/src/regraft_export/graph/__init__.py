@@ -4,8 +4,9 @@
 - ``anchors.py``: where in a graph the tokens enter, blocks end, down-projections sit.
 - ``token_axis.py``, ``token_rules.py``, ``shape_values.py``, ``dims.py``: follow the token axis
   through every operator and find baked token counts.
+- ``value_bounds.py``: between which numbers all elements of a tensor lie, whatever the images.
 - ``drop_neutral_mask.py``: rewrite: attention masks that mask nothing go.
-- ``append_register.py``: rewrite: the register enters, baked token counts grow.
+- ``append_register.py``: rewrite: the register enters, token counts grow.
 - ``rotary_tables.py``: rewrite: rotary positions become constants, with rows for the register.
 - ``redirect_neurons.py``: rewrite: a down-projection's register neurons go to the register.
 - ``remove_register.py``: rewrite: the register is cut off before anything pools or leaves.
