@@ -66,6 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", type=Path, default=None, help="(default: ViT-B)")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--max-batch", type=int, help="of the server (default: its own)")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--seconds", type=float, default=30.0, help="of each way in each round")
@@ -79,6 +80,7 @@ def main() -> None:
             **circumstances("benchmarks.serve"),
             "model": Bundle.open(bundle, verify_hashes=False).manifest.model["source"],
             "threads": args.threads,
+            "max_batch": args.max_batch,
             "aims": AIMS,
             **_idle(bundle, Path(folder), args),
             **_throughput(bundle, Path(folder), args),
@@ -106,7 +108,8 @@ def _export(out: Path) -> Path:
 
 
 def _words(bundle: Path, args: argparse.Namespace) -> list[str]:
-    return [f"vit={bundle}", "--engine", "ort-cpu", "--threads", str(args.threads)]
+    words = [f"vit={bundle}", "--engine", "ort-cpu", "--threads", str(args.threads)]
+    return words if args.max_batch is None else [*words, "--max-batch", str(args.max_batch)]
 
 
 def _idle(bundle: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
