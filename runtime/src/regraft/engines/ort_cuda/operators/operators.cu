@@ -1,4 +1,4 @@
-// regraft's own operators for ONNX Runtime on CUDA; `regraft operators` compiles them.
+// regraft's own operators for ONNX Runtime on CUDA; `regraft build` compiles them.
 //
 // AddRedirected (hidden (B, T, H), residual (B, T, D), neurons (K,) int64, signs (K,), down (K, D))
 //   -> sum: residual, with max over tokens of hidden[:, :, neurons] * signs, times down, added to its
