@@ -74,6 +74,10 @@ class ExportOptions:
         kept = [
             f"--{n} {v}" for n in ("cls", "patches") if (v := getattr(self.redirect, n)) != "zero"
         ]
+        if self.variant == "kv" and self.operators:
+            raise InputError(
+                "--cuda-operators: the variant kv has no graph for ort-cuda yet; export without"
+            )
         if self.variant == "kv" and kept:
             raise InputError(
                 f"--variant kv silences the neurons in the weights, on every token; {kept[0]} "

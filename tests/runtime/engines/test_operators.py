@@ -5,6 +5,7 @@ Their kernels run in `make test-gpu`; whether ONNX Runtime takes the library is 
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,15 @@ import onnxruntime
 import pytest
 from tests.support import fake_onnxruntime
 
-from regraft.engines import EngineOptions, open_engine
+from regraft.engines import EngineOptions, cache_key, open_engine
 from regraft.engines.ort_cuda.engine import OrtCudaEngine
-from regraft.engines.ort_cuda.operators import LIBRARY, SUFFIX, compile_library, find_nvcc
+from regraft.engines.ort_cuda.operators import (
+    LIBRARY,
+    SUFFIX,
+    compile_library,
+    find_nvcc,
+    source_sha256,
+)
 from regraft.errors import EngineError
 
 Fake = fake_onnxruntime.Module
@@ -60,11 +67,12 @@ def test_a_graph_with_operators_has_to_be_built(ort: Fake, graph: Path) -> None:
 def test_a_build_compiles_them_and_they_are_loaded_from_it(
     ort: Fake, graph: Path, nvcc: Compiler, tmp_path: Path
 ) -> None:
-    nvcc('echo library > "$out"; echo "$@" > "$0.words"')
+    nvcc('[ -z "$out" ] && echo release 13 && exit; echo library > "$out"; echo "$@" > "$0.words"')
     steps: list[str] = []
     folder = tmp_path / "entry"
     folder.mkdir()
-    OrtCudaEngine.build(graph, "fp32", {}, folder, lambda what, *_: steps.append(what))
+    report = OrtCudaEngine.build(graph, "fp32", {}, folder, lambda what, *_: steps.append(what))
+    assert report["operators"] == {"sources": source_sha256(), "nvcc": "release 13"}
     assert steps[0] == "compiling CUDA operators"
     words = (tmp_path / "nvcc.words").read_text().split()
     source = next(Path(word) for word in words if word.endswith(".cu"))
@@ -78,6 +86,40 @@ def test_a_build_compiles_them_and_they_are_loaded_from_it(
         open_engine(graph, "ort-cuda", built=folder)
 
 
+def test_other_sources_are_another_entry_of_the_cache(
+    ort: Fake, graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keys() -> list[str]:
+        files = (graph, graph.with_name("model.onnx"))
+        return [str(cache_key(OrtCudaEngine, file, "fp32").folder) for file in files]
+
+    before = keys()
+    monkeypatch.setattr("regraft.engines.ort_cuda.engine.source_sha256", lambda: "0" * 64)
+    own, plain = keys()
+    assert own != before[0]
+    assert plain == before[1]
+
+
+def test_a_card_that_is_too_old_is_refused(
+    ort: Fake, graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regraft.engines.ort_cuda.engine.LEAST_CAPABILITY", 999)
+    with pytest.raises(EngineError, match=r"compute capability 999 .*, this one has \d+; export"):
+        OrtCudaEngine.build(graph, "fp32", {}, tmp_path, lambda what, *_: None)
+
+
+def test_auto_says_that_it_passes_over_what_is_not_built(
+    ort: Fake, graph: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = graph.with_name("model.onnx")
+    with (
+        caplog.at_level(logging.WARNING, "regraft"),
+        open_engine(plain, "auto", variants={"cuda": graph}) as engine,
+    ):
+        assert engine.name == "ort-cpu"
+    assert "auto: ort-cuda could run here, but model.onnx is not built; runs ort-cpu" in caplog.text
+
+
 def test_other_graphs_need_no_library(ort: Fake, graph: Path) -> None:
     with open_engine(graph.with_name("model.onnx"), "ort-cuda"):
         assert ort.sessions[0].settings.libraries == ()
@@ -86,7 +128,11 @@ def test_other_graphs_need_no_library(ort: Fake, graph: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "said"),
     [
-        ('echo "kernels.cuh(3): error: no such thing" >&2; exit 1', "error: no such thing"),
+        (
+            """echo 'kernels.cuh(3): error: no such thing' >&2; echo >&2
+            echo '1 error detected in the compilation of "operators.cu".' >&2; exit 1""",
+            "error: no such thing",
+        ),
         ("exit 3", "it says nothing"),
         ("exit 0", "it says nothing"),  # and wrote nothing
     ],
@@ -124,7 +170,8 @@ def test_nvcc_is_looked_for_where_cuda_is(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_onnxruntime_takes_the_library(tmp_path: Path) -> None:
     if find_nvcc() is None:
         pytest.skip("no nvcc here")
-    library = compile_library(tmp_path)
+    compile_library(tmp_path)
+    library = tmp_path / LIBRARY
     for kind, numbers in (("float", "fp32"), ("float16", "fp16"), ("bfloat16", "bf16")):
         proto = onnx.parser.parse_model(
             f"""<ir_version: 10, opset_import: ["" : 20, "regraft" : 1]>

@@ -129,6 +129,7 @@ def cache_key(
         options: every build option; None where they do not matter.
     """
     version, device = kind.environment()
+    version += kind.toolchain(graph)
     graph_sha256, weights_sha256 = engine_cache.graph_hashes(graph)
     return CacheKey(
         engine=kind.name,
@@ -167,6 +168,7 @@ def _first_available(
     graph: Path, precision: str, options: EngineOptions, variants: Mapping[str, Path]
 ) -> Engine:
     reasons: list[str] = []
+    passed_over: list[str] = []
     for kind in (engine_class(name) for name in AUTO_ORDER if name in MODULES):
         reason = kind.unavailable(precision)
         if reason is not None:
@@ -174,6 +176,12 @@ def _first_available(
             continue
         file, asked = kind.file_of(graph, variants), kind.arithmetic(precision, options.precision)
         if not kind.is_built:
+            for name in passed_over:
+                _log.warning(
+                    "auto: %s could run here, but %s is not built; runs %s. regraft build %s "
+                    "--engine %s --images DIR",
+                    *(name, graph.name, kind.name, graph.parent, name),
+                )
             return kind(file, asked, options)
         if opened := _from_cache(kind, file, asked, options):
             return opened
@@ -181,4 +189,6 @@ def _first_available(
             _warn_unverified(kind.name, file)
             return kind(file, asked, options)
         reasons.append(f"{kind.name}: is not built; `regraft build` does it")
+        if file != graph:  # the bundle has a graph for this engine, so its user expects it
+            passed_over.append(kind.name)
     raise EngineError(f"no engine can run here: {'; '.join(reasons)}")

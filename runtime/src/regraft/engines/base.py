@@ -132,6 +132,11 @@ class Engine(ABC):
         """
         raise NotImplementedError(f"{cls.name} needs no build")
 
+    @classmethod
+    def toolchain(cls, graph: Path) -> str:
+        """What else a build of this graph depends on, for the cache key; most: nothing."""
+        return ""
+
     @classmethod  # noqa: B027 - most options exclude nothing
     def check_build(cls, precision: str, options: BuildOptions) -> None:
         """Refuses build options that exclude each other, before anything is built.

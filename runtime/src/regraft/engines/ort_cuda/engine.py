@@ -17,7 +17,13 @@ from regraft.engines.base import BuildOptions, BuildProgress, Engine, EngineOpti
 from regraft.engines.cuda_runtime import Cuda
 from regraft.engines.ort_cuda.gate import GATE
 from regraft.engines.ort_cuda.one_thread import OneThread
-from regraft.engines.ort_cuda.operators import LIBRARY, compile_library, needs_operators
+from regraft.engines.ort_cuda.operators import (
+    LEAST_CAPABILITY,
+    LIBRARY,
+    compile_library,
+    needs_operators,
+    source_sha256,
+)
 from regraft.engines.ort_cuda.runner import NO_MEMORY, Runner
 from regraft.engines.parts import parts_of, shapes_of
 from regraft.errors import EngineError
@@ -87,6 +93,11 @@ class OrtCudaEngine(Engine):
         return precision == "bf16" or needs_operators(graph)
 
     @classmethod
+    def toolchain(cls, graph: Path) -> str:
+        """The sources of the operators, where the graph needs them."""
+        return f", operators {source_sha256()[:16]}" if needs_operators(graph) else ""
+
+    @classmethod
     def environment(cls) -> tuple[str, str]:
         """Version of onnxruntime; name, compute capability and driver of the card."""
         ort = importlib.import_module("onnxruntime")
@@ -102,9 +113,17 @@ class OrtCudaEngine(Engine):
         progress: BuildProgress,
     ) -> dict[str, Any]:
         """Warms the graph up; the verdict of the parity gate is what the cache keeps."""
+        operators: dict[str, Any] = {}
         if needs_operators(graph):
+            capability = Cuda(engine=cls.name).card().capability
+            if int(capability) < LEAST_CAPABILITY:
+                raise EngineError(
+                    f"{cls.name}: regraft's CUDA operators need a card of compute capability "
+                    f"{LEAST_CAPABILITY} (Ampere) or later, this one has {capability}; export "
+                    "without --cuda-operators"
+                )
             progress("compiling CUDA operators", 0, 1)
-            compile_library(folder)
+            operators = {"operators": compile_library(folder)}
             progress("compiling CUDA operators", 1, 1)
         progress(f"warming {graph.name}", 0, 1)
         with cls(graph, precision, EngineOptions(), folder) as engine:
@@ -113,7 +132,13 @@ class OrtCudaEngine(Engine):
                 engine.run(pixels)
         progress(f"warming {graph.name}", 1, 1)
         version, device = cls.environment()
-        return {"graph": graph.name, "version": version, "device": device, "precision": precision}
+        return {
+            "graph": graph.name,
+            "version": version,
+            "device": device,
+            "precision": precision,
+            **operators,
+        }
 
     def _open(
         self, graph: Path, options: EngineOptions

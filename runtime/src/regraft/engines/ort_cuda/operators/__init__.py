@@ -7,6 +7,7 @@ beside its verdict in the engine cache, so that what is loaded is what was verif
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from regraft.errors import EngineError
 
 SUFFIX = ".operators.cuda.onnx"
 LIBRARY = "libregraft_operators.so"
+LEAST_CAPABILITY = 80  # of the card
 _SOURCES = Path(__file__).parent
 # Ampere, and Hopper with its intermediate code, which later cards compile when they load it.
 _CARDS = ("arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]")
@@ -26,11 +28,22 @@ def needs_operators(graph: Path) -> bool:
     return graph.name.endswith(SUFFIX)
 
 
-def compile_library(folder: Path) -> Path:
-    """Compiles the operators into a folder; returns the library.
+def source_sha256() -> str:
+    """Of all sources: a library of others is another one."""
+    digest = hashlib.sha256()
+    for file in sorted(f for f in _SOURCES.iterdir() if f.suffix in (".cu", ".cuh", ".h")):
+        digest.update(f"{file.name}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def compile_library(folder: Path) -> dict[str, str]:
+    """Compiles the operators into a folder.
 
     Args:
-        folder: gets :data:`LIBRARY`.
+        folder: gets :data:`LIBRARY`; nvcc puts what it needs meanwhile there, too.
+
+    Returns:
+        ``sources`` (their sha256) and ``nvcc`` (its last line on itself).
 
     Raises:
         EngineError: there is no nvcc, or it fails.
@@ -47,14 +60,25 @@ def compile_library(folder: Path) -> Path:
     words += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
     words += [word for card in _CARDS for word in ("-gencode", card)]
     words += [str(_SOURCES / "operators.cu"), "-o", str(library)]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
-    except OSError as error:
-        raise EngineError(f"ort-cuda: {nvcc} cannot be run ({error.strerror})") from None
+    done = _run(words, folder)
     if done.returncode != 0 or not library.exists():
-        said = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it says nothing"]
-        raise EngineError(f"ort-cuda: {nvcc} failed to compile the CUDA operators: {said[0]}")
-    return library
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["it says nothing"]
+        # Its last line only counts the errors.
+        telling = [line for line in lines if "error" in line or "fatal" in line] or lines[-1:]
+        raise EngineError(f"ort-cuda: {nvcc} failed to compile the CUDA operators: {telling[0]}")
+    version = _run([nvcc, "--version"], folder).stdout.strip().splitlines()[-1:] or [""]
+    return {"sources": source_sha256(), "nvcc": version[0]}
+
+
+def _run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    # Where the root of a container is read-only, there is no other place to write.
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    try:
+        return subprocess.run(
+            words, capture_output=True, text=True, errors="replace", check=False, env=environment
+        )
+    except OSError as error:
+        raise EngineError(f"ort-cuda: {words[0]} cannot be run ({error.strerror})") from None
 
 
 def find_nvcc() -> str | None:

@@ -9,7 +9,8 @@
 //   silu of the first half, times the second, each with its bias.
 //
 // Each exists as NAME_fp32, NAME_fp16 and NAME_bf16 in the domain `regraft`. The first two work in
-// place where ONNX Runtime lets them, so that they touch one row an image and no more.
+// place where ONNX Runtime lets them, so that they touch one row an image and no more. Where a hidden
+// unit is NaN, it counts as smaller than every number.
 
 #include <algorithm>
 
@@ -62,7 +63,7 @@ Status* write(const Api* api, KernelContext* context, const Tensor& like, std::i
 }
 
 Status* launched(const Api* api) {
-  const cudaError_t error = cudaPeekAtLastError();
+  const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : api->error(ort::kFail, cudaGetErrorString(error));
 }
 
