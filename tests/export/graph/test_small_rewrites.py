@@ -220,6 +220,45 @@ def test_other_ways_to_write_the_same_mask(nodes: str) -> None:
     assert kinds(model) == ["Softmax", "Neg"]
 
 
+@pytest.mark.parametrize(
+    ("opset", "shape", "keys", "dropped"),
+    [
+        (24, "3", "batch, 2, 3, 4", 1),
+        (24, "1, 1, 3", "batch, 2, 3, 4", 1),
+        (24, "1, 1, 1, 2", "batch, 2, 3, 4", 0),
+        (24, "1", "batch, 2, 3, 4", 0),  # padded, not repeated
+        (24, "3", "batch, 2, tokens, 4", 0),
+        (25, "2", "batch, 2, 3, 4", 0),
+        (23, "1", "batch, 2, 3, 4", 1),  # repeated
+        (23, "3", "batch, 2, tokens, 4", 1),
+    ],
+)
+def test_a_mask_of_an_attention_is_dropped_where_it_reaches_every_key(
+    opset: int, shape: str, keys: str, dropped: int
+) -> None:
+    ones = ", ".join("1" * int(shape[-1]))
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": {opset}]>
+        g (float[batch, 2, 3, 4] q, float[{keys}] k, float[{keys}] v)
+        => (float[batch, 2, 3, 4] out) <bool[{shape}] mask = {{{ones}}}>
+        {{ a = Attention(q, k, v, mask) out = Neg(a) }}"""
+    )
+    graph = read(model)
+    assert attentions(drop_neutral_mask(graph)) == dropped
+    assert len(graph.nodes[0].inputs) == 4 - dropped
+
+
+def test_a_mask_of_an_attention_with_three_axes() -> None:
+    for length, dropped in ((3, 1), (2, 0)):
+        model = onnx.parser.parse_model(
+            f"""<ir_version: 10, opset_import: ["": 24]>
+            g (float[batch, 3, 8] x) => (float[batch, 3, 8] out)
+            <bool[{length}] mask = {{{", ".join("1" * length)}}}>
+            {{ a = Attention<q_num_heads = 2, kv_num_heads = 2>(x, x, x, mask) out = Neg(a) }}"""
+        )
+        assert attentions(drop_neutral_mask(read(model))) == dropped
+
+
 ATTENDED = (
     "c = Cast<to = 1>(mask) i = Not(mask) d = Cast<to = 1>(i) low_d = Mul(d, low) "
     "s = Add(scores, low_d) p = Softmax<axis = -1>(s) a = MatMul(p, scores) "

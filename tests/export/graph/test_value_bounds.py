@@ -24,7 +24,8 @@ def of(nodes: str) -> tuple[Bounds | None, onnx.ModelProto]:
          float zero = {{0.0}}, float few = {{0.5}}, float least = {{-3.0e38}},
          float under = {{-inf}}, int64[1] last = {{-1}}, bool[3] yes = {{1, 1, 1}},
          bool[3] mixed = {{1, 0, 1}}, float[3] ones = {{1, 1, 1}}, float[2] noughts = {{0, 0}},
-         int64[2] shape = {{4, 3}}>
+         int64[2] shape = {{4, 3}}, int64 many = {{200}}, int8 byte = {{100}},
+         uint8 bare = {{1}}, uint8 full = {{255}}>
         {{ {nodes} y = Identity(x) }}"""
     )
     return bounds(tensor(read(model), "out")), model
@@ -53,6 +54,10 @@ KNOWN = {
     "out = Cast<to = 9>(zero)": FALSE,
     "out = Cast<to = 9>(few)": TRUE,
     "out = Cast<to = 10>(few)": Bounds(-INF, INF),  # half precision rounds it to what it likes
+    "out = Cast<to = 2>(many)": Bounds(200, 200),
+    "c = Cast<to = 3>(one) out = Add(c, byte)": Bounds(101, 101),
+    "out = Sub(full, bare)": Bounds(254, 254),
+    "out = Add(bare, bare)": Bounds(2, 2),
 }
 UNKNOWN = [
     "out = Identity(x)",
@@ -68,6 +73,16 @@ UNKNOWN = [
     "s = Add(under, zero) u = Neg(under) out = Add(s, u)",
     "m = Unsqueeze(yes, last) c = Cast<to = 1>(m) out = Trilu(c)",
     "c = Cast<to = 1>(live) out = ReduceSum(c, last)",
+    # Integers that wrap around.
+    "c = Cast<to = 3>(many) z = Cast<to = 3>(nought) out = GreaterOrEqual(c, z)",
+    "out = Cast<to = 3>(many)",
+    "out = Cast<to = 2>(minus)",
+    "out = Cast<to = 22>(many)",
+    "out = Add(byte, byte)",
+    "out = Sub(bare, full)",
+    "out = Add(full, bare)",
+    "r = Range(nought, n, one) out = Add(r, one)",
+    "r = Range(nought, n, one) out = ReduceSum(r, last)",
 ]
 
 
@@ -88,3 +103,9 @@ def test_what_holds_for_every_element(nodes: str) -> None:
 def test_where_nothing_is_said(nodes: str) -> None:
     known, _ = of(nodes)
     assert known is None
+
+
+def test_what_is_read_twice_is_followed_once() -> None:
+    sums = [f"z{i + 1} = Add(z{i}, z{i})" for i in range(60)]
+    known, _ = of(" ".join(["z0 = Identity(zero)", *sums, "out = Identity(z60)"]))
+    assert known == ZERO

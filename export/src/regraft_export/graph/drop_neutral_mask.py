@@ -5,7 +5,9 @@ guard against rows that are masked whole. Neither does anything, both cost time.
 is proven for every batch and image size (``value_bounds.py``), in whichever way it is written.
 
 1. ``scores + 0`` before a softmax becomes ``scores``.
-2. ``Attention(q, k, v, all true)``, or with a mask of zeros, becomes ``Attention(q, k, v)``.
+2. ``Attention(q, k, v, all true)``, or with a mask of zeros, becomes ``Attention(q, k, v)``. From
+   opset 24 on a mask may be shorter than the keys, and those beyond it are masked: its length must
+   be known to be theirs.
 3. ``Where(IsNaN(p), 0, p)`` after that softmax becomes ``p``: without a mask no row is NaN unless
    its input is, and then the NaN must show.
 4. ``Where(never, 0, attended)``, by which transformers' own exporter zeroes rows without a key,
@@ -23,6 +25,7 @@ from regraft_export.graph.document import consumers, replace_uses
 from regraft_export.graph.value_bounds import bounds
 
 _PASSES = frozenset(["Cast", "Identity"])
+_PADS_MASKS = 24  # the opset from which on Attention pads a mask that is too short
 _ATTENDS = frozenset(["MatMul", "Softmax", "Attention"])
 
 
@@ -49,7 +52,7 @@ def drop_neutral_mask(graph: gs.Graph) -> list[Dropped]:
         # A guard that went already reads nothing.
         if node.domain or not node.inputs or id(node.outputs[0]) in outputs:
             continue
-        if node.op == "Attention" and len(node.inputs) == 4 and _neutral(node.inputs[3]):
+        if node.op == "Attention" and _lets_all_through(node, graph.opset or 0):
             dropped.append(Dropped(node, tuple(node.inputs), None))
             node.inputs = list(node.inputs[:3])
         elif node.op == "Add" and _leads_to_softmax(node):
@@ -96,6 +99,20 @@ def _adds_nothing(value: gs.Tensor) -> bool:
 def _neutral(value: gs.Tensor) -> bool:
     known = bounds(value)
     return known is not None and (known.zero or known.true)
+
+
+def _lets_all_through(attention: gs.Node, opset: int) -> bool:
+    if len(attention.inputs) != 4 or not _neutral(attention.inputs[3]):
+        return False
+    keys, mask = (attention.inputs[i].shape for i in (1, 3))
+    if opset < _PADS_MASKS:
+        return True
+    # Keys are (B, heads, T, d) or (B, T, heads * d).
+    return bool(keys and mask and len(keys) > 1 and _equal(mask[-1], keys[-2]))
+
+
+def _equal(a: object, b: object) -> bool:
+    return isinstance(a, int) and isinstance(b, int) and a == b
 
 
 def _never(where: gs.Node) -> bool:

@@ -60,15 +60,32 @@ def bounds(value: gs.Tensor, deepest: int = _DEEPEST) -> Bounds | None:
         value: constants are read.
         deepest: how many nodes before it are followed, one after another.
     """
-    if isinstance(value, gs.Constant):
-        return _constant(value)
-    if len(value.inputs) != 1 or not deepest:
-        return None
-    node = value.inputs[0]
-    rule = _RULES.get(node.op) if node.domain in STANDARD_DOMAINS else None
-    if rule is None:
-        return None
-    return rule(node, lambda slot: bounds(node.inputs[slot], deepest - 1))
+    return _Reader().read(value, deepest)
+
+
+class _Reader:
+    """Reads tensors and what they are made of; what was read once is not followed again."""
+
+    def __init__(self) -> None:
+        # The tensors are held, so that no other one takes their ids.
+        self._known: dict[tuple[int, int], tuple[gs.Tensor, Bounds | None]] = {}
+
+    def read(self, value: gs.Tensor, deepest: int) -> Bounds | None:
+        key = id(value), deepest  # with fewer nodes to follow, less may be known
+        if key not in self._known:
+            self._known[key] = value, self._follow(value, deepest)
+        return self._known[key][1]
+
+    def _follow(self, value: gs.Tensor, deepest: int) -> Bounds | None:
+        if isinstance(value, gs.Constant):
+            return _constant(value)
+        if len(value.inputs) != 1 or not deepest:
+            return None
+        node = value.inputs[0]
+        rule = _RULES.get(node.op) if node.domain in STANDARD_DOMAINS else None
+        if rule is None:
+            return None
+        return rule(node, lambda slot: self.read(node.inputs[slot], deepest - 1))
 
 
 _Inputs = Callable[[int], Bounds | None]
@@ -116,9 +133,12 @@ def _as(given: Bounds, kind: np.dtype[np.generic]) -> Bounds | None:
     if kind == np.bool_:
         nothing, something = given.low == given.high == 0, given.low > 0 or given.high < 0
         return Bounds(float(something), float(not nothing), boolean=True)
-    if kind.kind in "iu" and not (_exact(given.low) and _exact(given.high)):
+    if kind.kind == "f" or kind.name == "bfloat16":
+        return _rounded(given.low, given.high)
+    if kind.kind not in "iu" or not (_exact(given.low) and _exact(given.high)):
         return None
-    return None if kind.kind == "u" and given.low < 0 else _rounded(given.low, given.high)
+    width = np.iinfo(kind.name)  # beyond it, numbers wrap around
+    return given if width.min <= given.low and given.high <= width.max else None
 
 
 def _rounded(low: float, high: float) -> Bounds:
@@ -164,18 +184,41 @@ def _at_least(first: int, *, otherwise: bool = False) -> _Rule:
 
 
 def _add(node: gs.Node, read: _Inputs) -> Bounds | None:
-    return _sum(read(0), read(1))
+    return _sum(node, read(0), read(1), 1)
 
 
 def _subtract(node: gs.Node, read: _Inputs) -> Bounds | None:
-    taken = read(1)
-    return _sum(read(0), None if taken is None else Bounds(-taken.high, -taken.low))
+    return _sum(node, read(0), read(1), -1)
 
 
-def _sum(a: Bounds | None, b: Bounds | None) -> Bounds | None:
-    if a is None or b is None or (inf in (a.high, b.high) and -inf in (a.low, b.low)):
+def _sum(node: gs.Node, a: Bounds | None, b: Bounds | None, sign: int) -> Bounds | None:
+    """``a + sign * b``; nothing is said of integers that may wrap around."""
+    if a is None or b is None:
+        return None
+    kind = _kind(node)
+    integers = kind is not None and kind.kind in "iu"
+    # Of an unknown type, only what every type holds.
+    least, most = (0, 127) if kind is None else (-inf, inf)
+    if kind is not None and integers:
+        least, most = np.iinfo(kind.name).min, np.iinfo(kind).max
+        a, b = (_held(x, int(least), int(most)) for x in (a, b))
+    first, last = (b.low, b.high) if sign == 1 else (-b.high, -b.low)
+    if inf in (a.high, last) and -inf in (a.low, first):
         return None  # infinity less infinity is NaN
-    return _rounded(a.low + b.low, a.high + b.high)
+    low, high = a.low + first, a.high + last
+    return _rounded(float(low), float(high)) if least <= low and high <= most else None
+
+
+def _held(given: Bounds, least: int, most: int) -> Bounds:
+    """Bounds of integers, as far as their type reaches; integers, since floats are not exact."""
+    low = int(given.low) if _exact(given.low) else least
+    return Bounds(low, int(given.high) if _exact(given.high) else most)
+
+
+def _kind(node: gs.Node) -> np.dtype[np.generic] | None:
+    """The type of all that an arithmetic node reads and makes, if any of it is known."""
+    known = [t for t in (*node.outputs, *node.inputs) if t.dtype is not None]
+    return dtype_of(known[0]) if known else None
 
 
 def _product(node: gs.Node, read: _Inputs) -> Bounds | None:
@@ -200,6 +243,9 @@ def _total(node: gs.Node, read: _Inputs) -> Bounds | None:
     given = read(0)
     if given is None or given.boolean or given.low < 0:
         return None
+    kind = _kind(node)
+    if given.high == inf and (kind is None or kind.kind in "iu"):
+        return None  # large integers wrap around
     return Bounds(given.low, 0.0 if given.high == 0 else inf)
 
 
