@@ -75,11 +75,13 @@ RUN apt-get update \
 ARG PIP_CERT=
 ENV PIP_CERT=${PIP_CERT}
 ENV PIP="/opt/pip/bin/pip --python /opt/regraft/bin/python --no-cache-dir --disable-pip-version-check"
+# `tensorrt,cuda,grpc` adds TensorRT: its package brings its own libraries, over any base.
+ARG GPU_EXTRAS=cuda,grpc
 WORKDIR /build
 COPY constraints.txt ./
 COPY runtime/pyproject.toml runtime/LICENSE runtime/
 RUN mkdir -p runtime/src/regraft && touch runtime/src/regraft/__init__.py \
-    && ${PIP} install --constraint constraints.txt './runtime[cuda,grpc]' \
+    && ${PIP} install --constraint constraints.txt "./runtime[${GPU_EXTRAS}]" \
     && rm -rf runtime
 COPY runtime runtime
 RUN ${PIP} install --no-deps --force-reinstall ./runtime

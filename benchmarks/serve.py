@@ -28,7 +28,7 @@ from benchmarks.machine import RESULTS, circumstances, write_results
 from benchmarks.serve_load import OUTPUT, load_with, over_grpc, over_http
 from benchmarks.served import Array, Served, serving
 from regraft.bundle import Bundle
-from regraft.engines import Engine, EngineOptions, open_engine
+from regraft.engines import Engine, EngineOptions, open_graph
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft_export.exporting import ExportOptions, export_bundle
 from regraft_export.outlier_level import OutlierLevel
@@ -42,22 +42,23 @@ _BARE = """
 import sys, time, re, numpy, onnxruntime
 from pathlib import Path
 from regraft.bundle import Bundle
-from regraft.engines import EngineOptions, open_engine
+from regraft.engines import EngineOptions, open_graph
 begun = time.perf_counter()
 if sys.argv[2:]:
     bundle = Bundle.open(sys.argv[1])
-    engine = open_engine(bundle.graph("model"), "ort-cpu", precision=bundle.manifest.precision,
-                         options=EngineOptions(threads=int(sys.argv[2])))
+    engine = open_graph(bundle, "model", "ort-cpu", EngineOptions(threads=int(sys.argv[2])))
     engine.run(numpy.zeros((1, 3, *engine.size), numpy.float32), list(bundle.manifest.outputs))
 took = time.perf_counter() - begun
 print(took, re.search(r"^Pss:\\s+(\\d+)", Path("/proc/self/smaps_rollup").read_text(), re.M)[1])
 """
 
+_MODEL = "vit_base_patch16_224"
+
 
 def vit_b() -> torch.nn.Module:
     """ViT-B/16 at 224 px in random weights, which do not change the time."""
     torch.manual_seed(0)
-    module: torch.nn.Module = timm.create_model("vit_base_patch16_224", num_classes=0)
+    module: torch.nn.Module = timm.create_model(_MODEL, num_classes=0)
     return module
 
 
@@ -78,7 +79,7 @@ def main() -> None:
         bundle = args.bundle or _export(Path(folder) / "bundle")
         result = {
             **circumstances("benchmarks.serve"),
-            "model": Bundle.open(bundle, verify_hashes=False).manifest.model["source"],
+            "model": f"timm {_MODEL}, random weights",
             "threads": args.threads,
             "max_batch": args.max_batch,
             "aims": AIMS,
@@ -136,9 +137,7 @@ def _bare(bundle: Path, *threads: str) -> tuple[float, float]:
 
 def _throughput(bundle: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     opened = Bundle.open(bundle, verify_hashes=False)
-    engine = open_engine(
-        opened.graph("model"), "ort-cpu", options=EngineOptions(threads=args.threads)
-    )
+    engine = open_graph(opened, "model", "ort-cpu", EngineOptions(threads=args.threads))
     rng = np.random.default_rng(0)
     pixels = rng.normal(size=(1, 3, *engine.size)).astype(np.float32)
     right = engine.run(pixels, [OUTPUT])[OUTPUT]

@@ -78,7 +78,11 @@ class Target:
         pool = ThreadPoolExecutor(1)
         repository = self._repository = Repository(["m=."], settings, pool)
         engine: Any = SimpleNamespace(
-            name="zeros", precision="fp32", run=_zeros, close=lambda: None
+            name="zeros",
+            precision="fp32",
+            preferred_batch=None,
+            run=_zeros,
+            close=lambda: None,
         )
         model = Model("m", "1", Bundle(Path(), _MANIFEST), engine, settings, pool)
         repository._replace(repository._entries["m"], {"1": model}, "")

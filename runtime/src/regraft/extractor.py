@@ -23,7 +23,7 @@ from PIL import Image
 
 from regraft import pipeline
 from regraft.bundle import Bundle
-from regraft.engines import AUTO, Engine, EngineOptions, open_engine
+from regraft.engines import AUTO, Engine, EngineOptions, open_graph
 from regraft.errors import BundleError, EngineError, InputError
 from regraft.features import Features, Floats, available_fields, choose_outputs
 from regraft.images import ImageSource, name_of
@@ -115,13 +115,8 @@ class Extractor:
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle)
         if isinstance(engine, str):
-            engine = open_engine(
-                bundle.graph("model"),
-                engine,
-                precision=bundle.manifest.precision,
-                options=EngineOptions(threads=threads, precision=precision),
-                variants=bundle.variants("model"),
-            )
+            options = EngineOptions(threads=threads, precision=precision)
+            engine = open_graph(bundle, "model", engine, options)
         try:
             return cls(
                 bundle,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from regraft.bundle import Bundle
 from regraft.effect import Effect, EffectMeter
-from regraft.engines import Engine, EngineOptions, open_engine
+from regraft.engines import Engine, EngineOptions, open_graph
 from regraft.errors import GateError
 from regraft.manifest import CUDA_GRAPHS
 from regraft.parity import LIMITS, Comparison, Meter
@@ -134,14 +134,8 @@ class Engines:
 
     def __getitem__(self, graph: str) -> Engine:
         if graph not in self._open:
-            engine = open_engine(
-                self.bundle.graph(graph),
-                self.engine,
-                precision=self.bundle.manifest.precision,
-                options=self.options,
-                built=self.built.get(graph),
-                variants=self.bundle.variants(graph),
-            )
+            built = self.built.get(graph)
+            engine = open_graph(self.bundle, graph, self.engine, self.options, built=built)
             self._open[graph] = self._stack.enter_context(engine)
         return self._open[graph]
 

@@ -7,6 +7,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,16 @@ from numpy.typing import NDArray
 from tests.support import fake_onnxruntime
 from tests.support.fake_tensorrt import Status
 
-from regraft.engines import Engine, EngineOptions, open_engine, parts
+from regraft.bundle import Bundle, record
+from regraft.engines import Engine, EngineOptions, open_engine, open_graph, parts
 from regraft.engines.ort_cuda.runner import LARGEST
 from regraft.errors import EngineError, ImageError
 from regraft.extractor import Extractor
+from regraft.manifest import CUDA_GRAPHS
+from regraft.manifest import NAME as MANIFEST
+from regraft.serve import model as serve_model
+from regraft.serve.settings import EngineChoice, Settings
+from regraft.verification import Engines
 
 Fake = fake_onnxruntime.Module
 
@@ -293,6 +300,37 @@ def test_it_takes_the_graph_for_cuda_and_says_so_if_there_is_none(
         with open_engine(graph, "ort-cuda") as engine:
             assert engine.graph == graph
     assert "model.onnx was exported without a graph for CUDA" in caplog.text
+
+
+@pytest.fixture
+def fused(bundle_folder: Path) -> Path:
+    """A bundle with graphs for CUDA, which here are the portable ones."""
+    bundle, added = Bundle.open(bundle_folder), {}
+    for name, cuda in CUDA_GRAPHS.items():
+        file = bundle_folder / f"{name}.cuda.onnx"
+        file.write_bytes(bundle.graph(name).read_bytes())
+        added[cuda] = file.name
+    manifest = replace(
+        bundle.manifest,
+        graphs={**bundle.manifest.graphs, **added},
+        files={**bundle.manifest.files, **{n: record(bundle_folder / n) for n in added.values()}},
+    )
+    (bundle_folder / MANIFEST).write_text(manifest.text())
+    return bundle_folder
+
+
+def test_the_graph_for_cuda_is_what_everybody_runs(ort: Fake, fused: Path) -> None:
+    bundle = Bundle.open(fused)
+    settings = Settings(engine=EngineChoice("ort-cuda"))
+    with (
+        open_graph(bundle, "model", "ort-cuda") as opened,
+        serve_model._open(fused, settings)[1] as served,
+        Engines(bundle, "ort-cuda", EngineOptions()) as verified,
+        Extractor.open(fused, engine="ort-cuda") as extractor,
+    ):
+        for engine in (opened, served, verified["model"], extractor._engine):
+            assert engine.graph == fused / "model.cuda.onnx"
+        assert verified["baseline"].graph == fused / "baseline.cuda.onnx"
 
 
 def test_auto_takes_it_before_the_cpu_and_after_tensorrt(ort: Fake, graph: Path) -> None:

@@ -37,11 +37,11 @@ def images(*values: float) -> np.ndarray:
 Test = Callable[[Engine, Batcher], Awaitable[None]]
 
 
-def drive(test: Test, max_batch: int = 4, delay: float = 0.0) -> Engine:
+def drive(test: Test, preferred: int = 4, delay: float = 0.0) -> Engine:
     engine = Engine()
 
     async def main() -> None:
-        batcher = Batcher(engine.run, max_batch, delay)
+        batcher = Batcher(engine.run, preferred, delay)
         try:
             await test(engine, batcher)
         finally:
@@ -78,6 +78,17 @@ def test_waiting_requests_share_a_run_in_order_and_get_their_own_rows() -> None:
 
     engine = drive(test)
     assert engine.batches == [[0], [1, 2, 3], [4, 5, 6]]
+
+
+def test_a_request_larger_than_a_preferred_batch_runs_alone() -> None:
+    async def test(engine: Engine, batcher: Batcher) -> None:
+        first = await busy(engine, batcher)
+        tasks = [submit(batcher, *request) for request in ((1,), (2, 3, 4, 5, 6), (7, 8), (9, 10))]
+        await asyncio.sleep(0.02)
+        engine.go.set()
+        await asyncio.gather(first, *tasks)
+
+    assert drive(test).batches == [[0], [1], [2, 3, 4, 5, 6], [7, 8, 9, 10]]
 
 
 def test_a_delay_fills_the_batch() -> None:

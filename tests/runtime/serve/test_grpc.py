@@ -84,6 +84,7 @@ def test_health_metadata_and_configuration_are_those_of_http(
         config = client.ask("ModelConfig", name=name).config
         there = server.ask("GET", f"/v2/models/{name}/config").document
         assert (config.name, config.max_batch_size, config.backend) == (name, 4, "regraft")
+        assert list(config.dynamic_batching.preferred_batch_size) == [4]
         assert [list(i.dims) for i in config.input] == [i["dims"] for i in there["input"]]
         assert [list(o.dims) for o in config.output] == [o["dims"] for o in there["output"]]
         assert config.parameters["engine"].string_value == "ort-cpu"

@@ -67,7 +67,12 @@ def test_health_and_metadata(server: Server) -> None:
             assert (found["name"], found["versions"]) == (name, ["1"])
             assert [(i["datatype"], i["shape"]) for i in found["inputs"]] == [(datatype, shape)]
         assert server.ask("GET", f"/v2/models/{name}/ready").status == 200
-        assert server.ask("GET", f"/v2/models/{name}/config").document["max_batch_size"] == 4
+        config = server.ask("GET", f"/v2/models/{name}/config").document
+        assert config["max_batch_size"] == 4
+        assert config["dynamic_batching"] == {
+            "preferred_batch_size": [4],
+            "max_queue_delay_microseconds": 0,
+        }
     index = server.ask("POST", "/v2/repository/index", {}).document
     assert [(m["name"], m["state"]) for m in index] == [
         ("small", "READY"),
@@ -372,3 +377,14 @@ def test_an_image_larger_than_allowed(pristine_bundle: Path, tmp_path: Path) -> 
         body = (tmp_path / "large.png").read_bytes()
         reply = server.infer("small_images", body, Inference_Header_Content_Length="0")
     assert (reply.status, "101 x 100 pixels" in reply.document["error"]) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "preferred"), [((), 8), (("--max-batch", 5), 5), (("--preferred-batch", 3), 3)]
+)
+def test_how_many_images_share_a_run(
+    pristine_bundle: Path, words: tuple[str | int, ...], preferred: int
+) -> None:
+    with serving(f"small={pristine_bundle}", *words) as server:
+        config = server.ask("GET", "/v2/models/small/config").document
+        assert config["dynamic_batching"]["preferred_batch_size"] == [preferred]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import http.client
 import json
 import os
@@ -135,6 +136,59 @@ def test_connections_that_were_not_taken_yet_are_answered() -> None:
         socket.create_connection(("127.0.0.1", port), timeout=20)
 
 
+class Waiting:
+    """A listener in front of which some have waited too long."""
+
+    def __init__(self, *outcomes: OSError | None) -> None:
+        self._outcomes = list(outcomes)
+
+    def accept(self) -> tuple[str, None]:
+        if not self._outcomes:
+            raise BlockingIOError
+        if error := self._outcomes.pop(0):
+            raise error
+        return "connection", None
+
+
+def test_taking_what_waits_survives_clients_and_limits(caplog: pytest.LogCaptureFixture) -> None:
+    gone = ConnectionAbortedError(errno.ECONNABORTED, "aborted")
+    waiting: Any = Waiting(None, gone, None)
+    assert list(lifecycle._queued(waiting)) == ["connection", "connection"]
+    assert not caplog.records
+    waiting = Waiting(None, OSError(errno.EMFILE, "Too many open files"), None)
+    assert list(lifecycle._queued(waiting)) == ["connection"]
+    assert "cannot be taken (Too many open files)" in caplog.text
+
+
+def test_the_end_comes_if_a_client_has_gone_that_was_not_taken_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closed: list[str] = []
+
+    class Gone:
+        def close(self) -> None:
+            closed.append("closed")
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError
+
+    async def end() -> None:
+        config = uvicorn.Config(application, lifespan="off", log_config=None, loop="none")
+        config.load()
+        server = lifecycle._Uvicorn(config)
+        server.servers, server.lifespan = [], config.lifespan_class(config)
+        monkeypatch.setattr(lifecycle, "_queued", lambda _: iter([Gone(), Gone()]))
+
+        async def refuse(*_: object) -> None:
+            raise OSError(errno.ENOTCONN, "not connected")
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "connect_accepted_socket", refuse)
+        await server.shutdown([socket.socket()])
+
+    asyncio.run(end())
+    assert closed == ["closed", "closed"]
+
+
 def test_a_connection_made_before_the_end_may_still_ask(pristine_bundle: Path) -> None:
     with serving(f"small={pristine_bundle}", "--drain-delay", 0) as server:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
@@ -167,6 +221,7 @@ def test_what_does_not_start(regraft: Regraft, pristine_bundle: Path, tmp_path: 
         ((f"x={pristine_bundle}", f"x_images={pristine_bundle}"), "collide"),
         ((pristine_bundle, "--key-file", tmp_path / "no"), "expected a file with a key"),
         ((pristine_bundle, "--max-queue", 1), "expected at least --max-batch"),
+        ((pristine_bundle, "--preferred-batch", 33), "expected at most --max-batch, 32"),
     ]
     for words, message in cases:
         code, _, err = regraft("serve", *words, "--port", "0")

@@ -68,7 +68,14 @@ def _add_batching(parser: argparse.ArgumentParser) -> None:
         type=at_least(1),
         default=default.max_batch,
         metavar="N",
-        help="images in one run and in one request (default: %(default)s)",
+        help="images in one request (default: %(default)s)",
+    )
+    group.add_argument(
+        "--preferred-batch",
+        type=at_least(1),
+        metavar="N",
+        help="images in one run of several requests, at most --max-batch "
+        "(default: what the engine prefers, 8 for ort-cpu, else --max-batch)",
     )
     group.add_argument(
         "--max-delay",
@@ -143,6 +150,11 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             f"--max-queue is {args.max_queue}; expected at least --max-batch, {args.max_batch}"
         )
+    if (args.preferred_batch or 1) > args.max_batch:
+        raise InputError(
+            f"--preferred-batch is {args.preferred_batch}; expected at most --max-batch, "
+            f"{args.max_batch}"
+        )
     from regraft.serve import lifecycle
 
     lifecycle.run(args.bundles, _settings(args))
@@ -162,7 +174,13 @@ def _settings(args: argparse.Namespace) -> Settings:
         drain_timeout=args.drain_timeout,
         workers=args.workers,
         engine=EngineChoice(args.engine, args.threads, args.precision),
-        batching=Batching(args.max_batch, args.max_delay / 1e3, args.max_queue, args.queue_timeout),
+        batching=Batching(
+            args.max_batch,
+            args.max_delay / 1e3,
+            args.max_queue,
+            args.queue_timeout,
+            args.preferred_batch,
+        ),
         limits=Limits(body=args.max_body * MIB, pixels=args.max_pixels),
     )
 

@@ -1,4 +1,4 @@
-"""Engines by name, and :func:`open_engine`, which opens the one asked for or says why not.
+"""Engines by name, and :func:`open_graph`, which opens the one asked for or says why not.
 
 An engine that was asked for and cannot run is an error, never a silent fallback; nor is one that
 needs a build ever built silently. A new engine is one module and one row in :data:`MODULES`.
@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from regraft import engine_cache
 from regraft.engine_cache import CacheKey
@@ -24,6 +25,9 @@ from regraft.engines.base import (
 )
 from regraft.errors import EngineError, InputError
 
+if TYPE_CHECKING:
+    from regraft.bundle import Bundle
+
 __all__ = [
     "AUTO",
     "NAMES",
@@ -36,6 +40,7 @@ __all__ = [
     "cache_key",
     "engine_class",
     "open_engine",
+    "open_graph",
 ]
 
 # ONNX Runtime (from 1.29 on) reports to its maker as soon as it is imported, and leaves an
@@ -57,6 +62,35 @@ AUTO_ORDER = ("tensorrt", "ort-cuda", "ort-cpu")
 NAMES = (AUTO, *MODULES)
 
 
+def open_graph(
+    bundle: Bundle,
+    graph: str = "model",
+    engine: str = AUTO,
+    options: EngineOptions | None = None,
+    *,
+    built: Path | None = None,
+) -> Engine:
+    """Opens a graph of a bundle with an engine, in the form that the engine prefers.
+
+    Args:
+        bundle: which holds the graph.
+        graph: one of :data:`regraft.manifest.GRAPHS`.
+        engine, options, built: as of :func:`open_engine`.
+
+    Raises:
+        BundleError: the bundle does not hold the graph.
+        InputError, EngineError: as :func:`open_engine`.
+    """
+    return open_engine(
+        bundle.graph(graph),
+        engine,
+        precision=bundle.manifest.precision,
+        options=options,
+        built=built,
+        variants=bundle.variants(graph),
+    )
+
+
 def open_engine(
     graph: Path,
     engine: str = AUTO,
@@ -66,7 +100,7 @@ def open_engine(
     built: Path | None = None,
     variants: Mapping[str, Path] | None = None,
 ) -> Engine:
-    """Opens a graph with an engine.
+    """Opens a file with an engine; :func:`open_graph` does it for a bundle's.
 
     Args:
         graph: the ONNX file.

@@ -53,12 +53,14 @@ class Engine(ABC):
         has_device: whether it computes on a device of its own, with memory and clock of its own.
         variant: the form of a graph that it takes where a bundle has it, see
             :meth:`regraft.bundle.Bundle.variants`; None for the portable one.
+        preferred_batch: images in a run from which on larger ones gain nothing; None where they do.
     """
 
     name: ClassVar[str]
     is_built: ClassVar[bool] = False
     has_device: ClassVar[bool] = False
     variant: ClassVar[str | None] = None
+    preferred_batch: ClassVar[int | None] = None
     build_options: ClassVar[tuple[BuildOption, ...]] = ()
     graph: Path
     precision: str

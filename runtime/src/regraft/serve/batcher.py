@@ -1,8 +1,8 @@
 """Requests share runs of the engine: a queue in front of it, and one run after the other.
 
-A run takes whatever waits, oldest first, up to the largest batch; with a delay, the oldest waiting
-request is held back that long for others to join it. Requests whose client is gone are passed
-over, those whose time is up are answered at that moment, whatever the engine is doing.
+A run takes whatever waits, oldest first, up to the preferred batch; with a delay, the oldest
+waiting request is held back that long for others to join it. Requests whose client is gone are
+passed over, those whose time is up are answered at that moment, whatever the engine is doing.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ class Batcher:
 
     Args:
         run: ``run(pixels, outputs)`` of an engine; called in a thread, never twice at a time.
-        max_batch: images in one run.
+        preferred: images in one run; more only if a single request has more.
         max_delay: seconds to wait for a fuller batch.
     """
 
-    def __init__(self, run: Run, max_batch: int, max_delay: float) -> None:
+    def __init__(self, run: Run, preferred: int, max_delay: float) -> None:
         self._run = run
-        self._max_batch = max_batch
+        self._preferred = preferred
         self._delay_ns = int(max_delay * 1e9)
         self._queue: deque[_Job] = deque()
         self._arrived = asyncio.Event()
@@ -95,7 +95,7 @@ class Batcher:
         """Waits for the answer to one request.
 
         Args:
-            pixels: float32 (N, 3, H, W), N at most ``max_batch``.
+            pixels: float32 (N, 3, H, W).
             outputs: those wanted.
             label: what the run is counted under, once per run and label.
             deadline: of the event loop's clock; after it the request is no longer started.
@@ -144,14 +144,14 @@ class Batcher:
     def _hold_ns(self) -> int:
         """How much longer the oldest request may be held back."""
         images = sum(len(job.pixels) for job in self._queue)
-        if not self._delay_ns or images >= self._max_batch:
+        if not self._delay_ns or images >= self._preferred:
             return 0
         return self._queue[0].since_ns + self._delay_ns - time.perf_counter_ns()
 
     def _take(self) -> list[_Job]:
         jobs: list[_Job] = []
-        room = self._max_batch
-        while self._queue and len(self._queue[0].pixels) <= room:
+        room = self._preferred
+        while self._queue and (not jobs or len(self._queue[0].pixels) <= room):
             job = self._queue.popleft()
             if not job.done.done():
                 jobs.append(job)

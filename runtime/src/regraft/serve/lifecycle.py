@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import os
 import signal
@@ -32,6 +33,8 @@ from regraft.serve.settings import Settings
 if TYPE_CHECKING:
     from regraft.serve.grpc.server import GrpcServer
 
+_log = logging.getLogger("regraft.serve")
+
 
 class _Uvicorn(uvicorn.Server):
     """Leaves the signals to :func:`serve`; uvicorn would end by the signal, not with 0.
@@ -47,11 +50,14 @@ class _Uvicorn(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Takes no more connections, and returns once requests are answered."""
         queued = [connection for listener in sockets or [] for connection in _queued(listener)]
-        for server in self.servers:  # at once, so that nothing comes in between
+        for server in self.servers:  # at once: who connects in between is cut off
             server.close()
         loop = asyncio.get_running_loop()
         for connection in queued:
-            await loop.connect_accepted_socket(self._connection, connection)
+            try:
+                await loop.connect_accepted_socket(self._connection, connection)
+            except OSError:  # the client has gone
+                connection.close()
         await super().shutdown(sockets)
 
     def _connection(self) -> asyncio.Protocol:
@@ -167,10 +173,17 @@ class _Stop:
 
 
 def _queued(listener: socket.socket) -> Iterator[socket.socket]:
-    """The connections that wait to be accepted."""
-    with contextlib.suppress(BlockingIOError):
-        while True:
+    """The connections that wait to be accepted, as far as they can be had."""
+    while True:
+        try:
             yield listener.accept()[0]
+        except ConnectionAbortedError:  # the client has gone
+            continue
+        except BlockingIOError:
+            return
+        except OSError as error:  # too many open files, as a rule
+            _log.warning("connections that wait cannot be taken (%s)", error.strerror or error)
+            return
 
 
 async def _first(*waits: object) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regraft.bundle import Bundle
-from regraft.engines import Engine, EngineOptions, open_engine
+from regraft.engines import Engine, EngineOptions, open_graph
 from regraft.serve.batcher import Batcher
 from regraft.serve.pixels import PixelReader
 from regraft.serve.refusals import unavailable
@@ -37,6 +37,7 @@ class Model:
         signatures: public name -> what it takes and gives.
         statistics: public name -> what it did.
         reader: makes pixels of requests.
+        preferred_batch: images in one run of several requests.
         batcher: where pixels wait for the engine.
     """
 
@@ -62,7 +63,8 @@ class Model:
         }
         self.statistics = {public: Statistics() for public in self.signatures}
         self.reader = PixelReader(manifest.preprocessing, pool, settings.limits.pixels)
-        self.batcher = Batcher(engine.run, size, batching.max_delay)
+        self.preferred_batch = min(size, batching.preferred_batch or engine.preferred_batch or size)
+        self.batcher = Batcher(engine.run, self.preferred_batch, batching.max_delay)
         self._max_queue = batching.max_queue
         self._images = self._requests = 0
         self._idle = asyncio.Event()
@@ -130,12 +132,8 @@ class Model:
 def _open(path: Path, settings: Settings) -> tuple[Bundle, Engine]:
     bundle = Bundle.open(path)
     choice = settings.engine
-    engine = open_engine(
-        bundle.graph("model"),
-        choice.name,
-        precision=bundle.manifest.precision,
-        options=EngineOptions(threads=choice.threads, precision=choice.precision),
-    )
+    options = EngineOptions(threads=choice.threads, precision=choice.precision)
+    engine = open_graph(bundle, "model", choice.name, options)
     try:
         _warm_up(engine, list(bundle.manifest.outputs))
     except BaseException:

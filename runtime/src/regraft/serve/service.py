@@ -93,7 +93,7 @@ class Service:
         """The configuration of a model, under Triton's names."""
         model = self.repository.find(name, version)
         delay = int(self.settings.batching.max_delay * 1e6)
-        return model.signatures[name].config(model.about(), delay)
+        return model.signatures[name].config(model.about(), model.preferred_batch, delay)
 
     def model_statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
         """Statistics of one name, or of all."""

@@ -35,7 +35,8 @@ class Batching:
     """How requests share runs of the engine.
 
     Attributes:
-        max_batch: images in one run, and in one request.
+        max_batch: images in one request, and in one run.
+        preferred_batch: images in one run of several requests; None for what the engine prefers.
         max_delay: seconds that the oldest waiting request may be held back for others to join it.
         max_queue: images that wait or are worked on, of one model; more are told to come back.
         timeout: seconds a request may wait for the engine; its own ``timeout`` can only shorten it.
@@ -45,6 +46,7 @@ class Batching:
     max_delay: float = 0.0
     max_queue: int = 256
     timeout: float = 60.0
+    preferred_batch: int | None = None
 
 
 @dataclass(frozen=True)

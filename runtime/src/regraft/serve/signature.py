@@ -118,11 +118,14 @@ class Signature:
             "outputs": [output.to_json() for output in self.outputs],
         }
 
-    def config(self, parameters: Mapping[str, str], delay_us: int) -> dict[str, Any]:
+    def config(
+        self, parameters: Mapping[str, str], preferred: int, delay_us: int
+    ) -> dict[str, Any]:
         """The model's configuration under Triton's names.
 
         Args:
             parameters: what else to say, as strings.
+            preferred: images in one run of several requests.
             delay_us: how long a request may be held back for others to join it.
         """
         return {
@@ -132,7 +135,10 @@ class Signature:
             "max_batch_size": self.max_batch,
             "input": [_in_config(self.inputs[0])],
             "output": [_in_config(output) for output in self.outputs],
-            "dynamic_batching": {"max_queue_delay_microseconds": delay_us},
+            "dynamic_batching": {
+                "preferred_batch_size": [preferred],
+                "max_queue_delay_microseconds": delay_us,
+            },
             "parameters": {n: {"string_value": v} for n, v in parameters.items()},
         }
 

@@ -155,7 +155,7 @@ class OrtCudaEngine(Engine):
         said = io.StringIO()
         with redirect_stdout(said):  # it prints what it cannot load; answers go to stdout
             ort.preload_dlls()
-        with GATE.alone():
+        with GATE.together():
             return self._open_session(ort, graph, options, said.getvalue())
 
     def _open_session(

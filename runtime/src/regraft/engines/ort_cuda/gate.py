@@ -1,7 +1,8 @@
 """Who may call CUDA while a graph is recorded.
 
 ONNX Runtime records in CUDA's global mode: until it is done, another thread that allocates, frees
-or waits gets an error, and the recording is lost. Engines of one process share one gate.
+or waits gets an error, and the recording is lost. At other times these calls disturb nobody.
+Engines of one process share one gate.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Gate:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """For calls that record nothing and allocate nothing."""
+        """For calls that record nothing: runs, and opening and closing, which may take seconds."""
         with self._changed:
             self._changed.wait_for(lambda: not (self._alone or self._waiting))
             self._passing += 1
@@ -34,7 +35,7 @@ class Gate:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """For what records, allocates or frees."""
+        """For what records."""
         with self._changed:
             self._waiting += 1
             try:

@@ -188,7 +188,7 @@ class Runner:
 
     def close(self) -> None:
         """Frees everything; the runner cannot be used afterwards. Closing twice is allowed."""
-        with GATE.alone():
+        with GATE.together():
             self._slots.clear()
             self._session = None  # before the stream it runs on
             self._stack.close()
