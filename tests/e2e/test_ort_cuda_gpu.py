@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from tests.support import bundles, graphs, models, pictures
 from tests.support.families import SMALL, planted_module, units_of
+from tests.support.server import serving, tensor
 
 from regraft.building import build, plan
 from regraft.bundle import Bundle
@@ -163,6 +164,37 @@ def test_two_engines_in_two_threads(opened: Opened, built: Bundle) -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_serve_answers_while_it_reads_the_model_anew(built: Bundle) -> None:
+    pytest.importorskip("uvicorn", reason="the server needs it")
+    batches = [pictures.pixels(count, bundles.SIZE) for count in (1, 2, 3, 5, 8)]
+    rights = [reference().run("model", batch, ["pooler_output"]) for batch in batches]
+    failures: list[BaseException] = []
+    words = (f"vit={built.path}", "--engine", "ort-cuda", "--model-control")
+    with serving(*words) as server:
+
+        def work(first: int) -> None:
+            try:
+                for turn in range(first, first + 25):
+                    batch, right = batches[turn % len(batches)], rights[turn % len(batches)]
+                    reply = server.infer("vit", {"inputs": [tensor(batch)]})
+                    assert reply.status == 200, reply.body
+                    found = {"pooler_output": reply.arrays["pooler_output"]}
+                    assert_equal(found, right, built.manifest.precision)
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(3):
+            assert server.ask("POST", "/v2/repository/models/vit/load", {}).status == 200
+        for thread in threads:
+            thread.join()
+        assert not failures, failures[0]
+        assert server.stop() == 0
+        assert not [line for line in server.lines if "ort-cuda" in line], server.lines
 
 
 def test_a_thousand_runs_take_no_more_memory(opened: Opened) -> None:
