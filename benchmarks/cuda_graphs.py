@@ -18,6 +18,7 @@ from regraft.parity import LIMITS
 from regraft.redirect import RedirectOptions
 from regraft_export.graph.cuda.fuse import Choices, fuse, fuse_built, prepare
 from regraft_export.graph.patch import Patch, Traced, Wanted, build
+from regraft_export.register_constants import RegisterConstants
 from regraft_export.weights_file import WeightsFile
 
 Array = NDArray[np.float32]
@@ -33,21 +34,40 @@ class Form:
     Attributes:
         redirect: None for an unpatched graph.
         choices: of the rewrites.
+        kv: the variant kv.
     """
 
     redirect: RedirectOptions | None
     choices: Choices = field(default_factory=Choices)
+    kv: bool = False
 
 
 def write_forms(
-    folder: Path, traced: Traced, neurons: Neurons, forms: Mapping[str, Form], literal: bool = False
+    folder: Path,
+    traced: Traced,
+    neurons: Neurons,
+    forms: Mapping[str, Form],
+    *,
+    constants: RegisterConstants | None = None,
+    literal: bool = False,
 ) -> None:
-    """Writes ``NAME.cuda.onnx`` for every form, and on demand for the literal translation."""
+    """Writes ``NAME.cuda.onnx`` for every form, and on demand for the literal translation.
+
+    Args:
+        folder: which exists.
+        traced: the model.
+        neurons: to patch in.
+        forms: by name.
+        constants: for forms of the variant kv.
+        literal: whether to.
+    """
     kinds = {form.choices.layer_scale: form.choices for form in forms.values()}
     prepared = {folded: prepare(traced, choices) for folded, choices in kinds.items()}
     with WeightsFile(folder) as weights:
         for name, form in forms.items():
-            patch = None if form.redirect is None else Patch(neurons, form.redirect)
+            patch = None
+            if form.redirect is not None:
+                patch = Patch(neurons, form.redirect, constants if form.kv else None)
             ready = prepared[form.choices.layer_scale]
             fused = fuse(ready, patch, Wanted(), form.choices)
             suffix = SUFFIX if fused.fusions.operators else ".cuda.onnx"

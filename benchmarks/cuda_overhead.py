@@ -47,15 +47,17 @@ from regraft.neurons import Neurons
 from regraft.timing import Ratio, Times, compare
 from regraft_export.graph.cuda.fuse import Choices
 from regraft_export.trace import DTYPES, trace
-from regraft_export.vit.hooks import redirected
+from regraft_export.vit.hooks import redirected, register_replaced
 from regraft_export.vit.structure import VisionTransformer
 
+KV = "variant kv"
 OWN = Choices(operators=True)
 OWN_BASELINE = "baseline, operators"  # a file of its own where the model has gates
 FORMS = {
     BASELINE: Form(None),
     "patched": Form(PER_NEURON),
     "constant": Form(CONSTANT),
+    KV: Form(PER_NEURON, kv=True),
     OWN_BASELINE: Form(None, OWN),
     "patched, operators": Form(PER_NEURON, OWN),
     "constant, operators": Form(CONSTANT, OWN),
@@ -108,7 +110,8 @@ def _export(
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     traced = trace(vit, vits.image_size(vit), args.precision)
-    write_forms(folder, traced, neurons, FORMS, literal=args.literal)
+    constants = vits.some_constants(vit, min(args.touched) + 1)
+    write_forms(folder, traced, neurons, FORMS, constants=constants, literal=args.literal)
 
 
 class _Cell:
@@ -195,8 +198,10 @@ class _Cell:
         right = {
             name: run(redirected(self.vit, self.neurons, form.redirect))
             for name, form in FORMS.items()
-            if form.redirect is not None
+            if form.redirect is not None and not form.kv
         }
+        constants = vits.some_constants(self.vit, min(self.args.touched) + 1)
+        right[KV] = run(register_replaced(self.vit, self.neurons.neurons, constants))
         right["literal"] = right["patched"]
         return right, run(nullcontext())
 

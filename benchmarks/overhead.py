@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from benchmarks.literal import literal_graph
 from benchmarks.machine import RESULTS, circumstances, write_results
-from benchmarks.vits import some_neurons
+from benchmarks.vits import some_constants, some_neurons
 from regraft.engines import EngineOptions, open_engine
 from regraft.neurons import Neurons
 from regraft.redirect import RedirectOptions
@@ -67,7 +67,7 @@ def main() -> None:
         "threads": args.threads,
         "batches": [],
     }
-    constants = _some_constants(vit, min(args.touched) + 1)
+    constants = some_constants(vit, min(args.touched) + 1)
     with tempfile.TemporaryDirectory() as folder:
         _write(Path(folder), traced, neurons, constants)
         for batch in args.batch_sizes:
@@ -79,15 +79,6 @@ def main() -> None:
     table = _table(result)
     print("\n".join(table))
     write_results(args.out, result, table)
-
-
-def _some_constants(vit: VisionTransformer, first: int) -> RegisterConstants:
-    """Drawn at random, in every block from ``first`` on: kv at its most expensive."""
-    heads = vit.layout.heads
-    shape = (2, vit.layout.depth - first, heads, 1, vit.layout.width // heads)
-    drawn = np.random.default_rng(1).normal(size=shape).astype(np.float32)
-    layers = range(first, vit.layout.depth)
-    return RegisterConstants(*(dict(zip(layers, of_kind, strict=True)) for of_kind in drawn))
 
 
 def _with_constants(

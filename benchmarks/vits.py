@@ -13,6 +13,7 @@ import torch
 from timm.layers import LayerScale
 
 from regraft.neurons import Neurons, RegisterNeuron
+from regraft_export.register_constants import RegisterConstants
 from regraft_export.vit.structure import VisionTransformer, from_module
 
 
@@ -49,3 +50,12 @@ def some_neurons(vit: VisionTransformer, layers: list[int], count: int) -> Neuro
     hidden = vit.blocks[0].down.in_features
     chosen = [(layers[i % len(layers)], int(rng.integers(hidden))) for i in range(count)]
     return Neurons(tuple(RegisterNeuron(a, b, value=1.0) for a, b in dict.fromkeys(chosen)))
+
+
+def some_constants(vit: VisionTransformer, first: int) -> RegisterConstants:
+    """Drawn at random, in every block from ``first`` on: kv at its most expensive."""
+    heads = vit.layout.heads
+    shape = (2, vit.layout.depth - first, heads, 1, vit.layout.width // heads)
+    drawn = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    layers = range(first, vit.layout.depth)
+    return RegisterConstants(*(dict(zip(layers, of_kind, strict=True)) for of_kind in drawn))

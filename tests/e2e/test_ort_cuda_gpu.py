@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import onnx
 import onnx.parser
 import pytest
 from numpy.typing import NDArray
-from tests.support import bundles, graphs, models, pictures
+from tests.support import bundles, constants, graphs, models, pictures
 from tests.support.families import SMALL, planted_module, units_of
 from tests.support.server import serving, tensor
 
@@ -117,7 +118,8 @@ def test_every_family_equals_the_cpu(name: str, precision: str, own: bool, tmp_p
     neurons = Neurons(tuple(RegisterNeuron(*unit) for unit in units_of(family)))
     pixels = pictures.pixels(5, size)
     exact, traced = (prepare(trace(vit, size, kind)) for kind in ("fp32", precision))
-    for patch in (None, Patch(neurons, RedirectOptions())):
+    token = Patch(neurons, RedirectOptions())
+    for patch in (None, token, replace(token, constants=constants.drawn(vit))):
         right = graphs.run_whole(
             fuse(exact, patch, Wanted()).proto, {"pixel_values": pixels}, optimize=False
         )
@@ -126,7 +128,7 @@ def test_every_family_equals_the_cpu(name: str, precision: str, own: bool, tmp_p
         file.write_bytes(fused.proto.SerializeToString())
         if needs_operators(file):
             compile_library(tmp_path)
-        elif own and patch is None:
+        elif own and patch is not token:
             continue  # the same as without
         with open_engine(file, "ort-cuda", precision=precision, built=tmp_path) as engine:
             for _ in range(3):  # as it is, recorded, replayed

@@ -42,6 +42,9 @@ def test_the_whole_path(regraft: Regraft, photos: Path, tmp_path: Path) -> None:
     assert "test_time_registers" not in manifest.outputs
     made = manifest.constants
     assert made is not None
+    assert {"model_cuda", "baseline_cuda"} <= set(manifest.graphs)
+    assert manifest.cuda is not None
+    assert manifest.cuda.constants == manifest.tokens.depth - made.first_layer
     assert (made.images, made.measured_images, list(made.errors)) == (3, 3, [2, 3, 4])
     assert made.first_layer == choose(made.errors)
     effect = Bundle.open(kv).verification()["effect"]
@@ -88,6 +91,7 @@ def test_exporting_twice_gives_the_same_bundle(tmp_path: Path, regraft: Regraft)
     [
         (("--cls", "keep"), "--variant kv silences the neurons in the weights, on every token; "),
         (("--patches", "mean"), "--patches mean needs --variant token"),
+        (("--cuda-operators",), "--cuda-operators: none of them fits"),
     ],
 )
 def test_options_that_need_a_token_are_refused(

@@ -74,10 +74,6 @@ class ExportOptions:
         kept = [
             f"--{n} {v}" for n in ("cls", "patches") if (v := getattr(self.redirect, n)) != "zero"
         ]
-        if self.variant == "kv" and self.operators:
-            raise InputError(
-                "--cuda-operators: the variant kv has no graph for ort-cuda yet; export without"
-            )
         if self.variant == "kv" and kept:
             raise InputError(
                 f"--variant kv silences the neurons in the weights, on every token; {kept[0]} "
@@ -217,13 +213,11 @@ def _write(
             built = build(traced, what, wanted)
             weights.save(built.proto, FILES[name])
             model = model or built
-        missing = "the variant kv has no fused form yet" if constants is not None else ""
-        if not missing:
-            prepared, choices = prepare(traced), Choices(operators=options.operators)
-            for name, cuda in CUDA_GRAPHS.items():
-                if name in plan:
-                    fused[cuda] = fuse(prepared, *plan[name], choices)
-            missing = why_not_fused(fused["model_cuda"], vit.layout.depth)
+        prepared, choices = prepare(traced), Choices(operators=options.operators)
+        for name, cuda in CUDA_GRAPHS.items():
+            if name in plan:
+                fused[cuda] = fuse(prepared, *plan[name], choices)
+        missing = why_not_fused(fused["model_cuda"], vit.layout.depth)
         if missing:
             fused.clear()  # no silent half-fusion
         if options.operators:

@@ -75,6 +75,7 @@ class CudaFusions:
         patches: whether the patch embedding is one matrix product.
         tokens: whether the token entry is one Pad and one constant.
         redirects: touched layers whose register row does without a Mul over all tokens.
+        constants: attentions that see constant keys and values (variant kv).
         shape_nodes: Shape nodes left, which ONNX Runtime runs on the CPU.
         operators: nodes of regraft's own, see :mod:`regraft.engines.ort_cuda.operators`.
     """
@@ -88,6 +89,7 @@ class CudaFusions:
     patches: bool = False
     tokens: bool = False
     redirects: int = 0
+    constants: int = 0
     shape_nodes: int = 0
     operators: int = 0
 

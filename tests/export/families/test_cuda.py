@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from tests.support import graphs, models, pictures, traces
+from tests.support import constants, graphs, models, pictures, traces
 from tests.support.families import SMALL, planted_module, units_of
 
 from regraft.neurons import Neurons, RegisterNeuron
@@ -26,7 +28,9 @@ def test_the_fused_graph_gives_the_same_features(name: str) -> None:
     traced = trace(vit, size)
     prepared = prepare(traced)
     pixels = {"pixel_values": pictures.pixels(2, size)}
-    for patch in (None, Patch(neurons, RedirectOptions())):
+    token = Patch(neurons, RedirectOptions())
+    kv = replace(token, constants=constants.drawn(vit))
+    for patch in (None, token, kv):
         fused = fuse(prepared, patch, Wanted())
         missing = why_not_fused(fused, vit.layout.depth)
         if name in NOT_FUSED:

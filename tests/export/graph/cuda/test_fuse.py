@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
+from tests.support import constants as support
 from tests.support import graphs, models, pictures, traces
 
 from regraft.engines import parts
@@ -50,7 +51,8 @@ def compare(traced: Traced, family: str, patch: Patch | None, choices: Choices) 
     shapes = {output.name: tuple(output.shape) for output in session.get_outputs()}
     found = parts.parts_of(session.get_modelmeta().custom_metadata_map, shapes)
     assert set(parts.shapes_of(shapes, found)) == set(right)
-    assert bool(found) == (patch is not None and choices.whole)
+    cut = patch is not None and patch.constants is None
+    assert bool(found) == (cut and choices.whole)
 
     def run(pixels: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         values = dict(zip(shapes, session.run(list(shapes), {"pixel_values": pixels}), strict=True))
@@ -83,6 +85,22 @@ def test_baseline_and_patched_equal_the_portable_graphs(traced: Trace, family: s
     scaled = models.FAMILIES[family].scaled
     assert b.layer_scales == (2 * depth if scaled else 0)
     assert a.shape_nodes == b.shape_nodes == 0
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("choices", [Choices(), Choices(biases=False)], ids=["", "with biases"])
+def test_the_variant_kv_equals_the_portable_graph(
+    traced: Trace, family: str, choices: Choices
+) -> None:
+    trace, vit = traced(family), models.vit(family)
+    for registers in (1, 2):
+        chosen = support.drawn(vit, first=1, registers=registers)
+        patch = Patch(models.neurons(vit), RedirectOptions(), chosen)
+        fusions = compare(trace, family, patch, choices).fusions
+        depth = trace.layout.depth
+        assert (fusions.attentions, fusions.constants) == (depth, depth - 1)
+        assert fusions.key_biases == fusions.value_biases == (depth if choices.biases else 0)
+        assert (fusions.redirects, fusions.shape_nodes) == (0, 0)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: f"{o.value} {o.cls} {o.registers}")

@@ -1,29 +1,42 @@
 """Rewrite: the bias of the keys of a MultiHeadAttention is dropped.
 
 A key bias b adds q . b to every score of the query q: the same number to all keys, which softmax
-does not see. Exact for plain attention only. Where anything stands between the linear product and
-the attention (rotary embedding, a norm of the keys), the keys do not come from an Add of a bias,
-and nothing is dropped.
+does not see. Constant keys of the variant kv are then stored less the bias. Exact for plain
+attention only: where anything stands between the linear product and the attention (rotary
+embedding, a norm of the keys), the keys do not come from an Add of a bias, and nothing is dropped.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from regraft_export.graph.cuda.fuse_attention import OP
+from regraft_export.graph.cuda.join_constants import KEY, joined, without_bias
 from regraft_export.graph.document import consumers
-
-KEY = 1
 
 
 def drop_key_bias(graph: gs.Graph) -> int:
     """Drops the biases; returns how many."""
     dropped = 0
-    for node in (n for n in graph.nodes if n.op == OP):
-        if (found := biased_product(node.inputs[KEY])) is not None and reads_once(node, KEY):
+    for node in [n for n in graph.nodes if n.op == OP]:
+        if reads_once(node, KEY) and (found := unbiased(graph, node.inputs[KEY])) is not None:
             node.inputs[KEY] = found[0]
             dropped += 1
     return dropped
+
+
+def unbiased(graph: gs.Graph, value: gs.Tensor) -> tuple[gs.Variable, NDArray[np.generic]] | None:
+    """Keys or values without the bias of their product, and the bias; None where there is none."""
+    constants = joined(value)
+    found = biased_product(value if constants is None else constants.tokens)
+    if found is None:
+        return None
+    product, bias = found[0], found[1].values
+    if constants is not None:
+        product = without_bias(graph, constants, product, bias)
+    return product, bias
 
 
 def biased_product(value: gs.Tensor) -> tuple[gs.Variable, gs.Constant] | None:

@@ -23,6 +23,7 @@ from regraft_export.graph.cuda.fuse_attention import DOMAIN, fuse_attention
 from regraft_export.graph.cuda.fuse_bias_gelu import fuse_bias_gelu
 from regraft_export.graph.cuda.fuse_skip_norm import fuse_skip_norm
 from regraft_export.graph.cuda.gate_operator import gate_by_operator
+from regraft_export.graph.cuda.join_constants import join_constants
 from regraft_export.graph.cuda.known_shapes import fix_shapes
 from regraft_export.graph.cuda.leave_whole import leave_whole
 from regraft_export.graph.cuda.maximum import maximum_by_topk
@@ -34,6 +35,7 @@ from regraft_export.graph.cuda.redirect_operator import redirect_by_operator
 from regraft_export.graph.cuda.widen_hidden import widen_hidden
 from regraft_export.graph.document import read, write
 from regraft_export.graph.patch import Patch, Traced, Wanted, build
+from regraft_export.register_constants import RegisterConstants
 
 WRITES = ("residual", "row", "wide", "added")
 MAXIMA = ("topk", "reduce")
@@ -129,12 +131,21 @@ def fuse(
     Raises:
         RewriteError: the graph cannot be patched; see :func:`regraft_export.graph.patch.build`.
     """
+    constants = None if patch is None else patch.constants
+    if patch is not None and constants is not None:
+        # They are joined to the fused attentions; up to there, the neurons are silent and no more.
+        patch = replace(patch, constants=RegisterConstants({}, {}))
     built = build(prepared.traced, patch, wanted)
-    return fuse_built(prepared, built.proto, patch.options.registers if patch else 0, choices)
+    registers = patch.options.registers if patch is not None and constants is None else 0
+    return fuse_built(prepared, built.proto, registers, choices, constants)
 
 
 def fuse_built(
-    prepared: Prepared, proto: onnx.ModelProto, registers: int, choices: Choices | None = None
+    prepared: Prepared,
+    proto: onnx.ModelProto,
+    registers: int,
+    choices: Choices | None = None,
+    constants: RegisterConstants | None = None,
 ) -> Fused:
     """As :func:`fuse`, for a graph that was made of ``prepared`` before.
 
@@ -143,6 +154,7 @@ def fuse_built(
         proto: the graph, patched or not.
         registers: test-time registers in it.
         choices: which forms; the same as for :func:`prepare`.
+        constants: of the variant kv, which ``proto`` does not have yet.
     """
     choices, traced = choices or Choices(), prepared.traced
     layout = traced.layout
@@ -152,6 +164,9 @@ def fuse_built(
     patches, entered = _enter(graph, traced, choices)
     attentions, left = fuse_attention(graph, layout.heads, tokens, shapes)
     fix_shapes(graph, shapes)
+    # Left out where attentions stay unfused: such a graph is not used.
+    known = constants is not None and attentions == layout.depth
+    seen = join_constants(graph, constants) if constants is not None and known else 0
     keys = drop_key_bias(graph) if choices.biases else 0
     values = move_value_bias(graph) if choices.biases else 0
     gates = gate_by_operator(graph, tokens) if choices.operators else 0
@@ -182,6 +197,7 @@ def fuse_built(
         patches=patches,
         tokens=entered,
         redirects=placed,
+        constants=seen,
         shape_nodes=_shape_nodes(proto),
         operators=own + gates,
     )

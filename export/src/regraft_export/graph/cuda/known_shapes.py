@@ -56,7 +56,7 @@ def fix_shapes(graph: gs.Graph, shapes: Shapes) -> int:
                 done += 1
         elif two.tolist() == [2, 1, 1] and three.tolist() == [3, 1, 1]:
             node.op = "Expand"
-            node.inputs[1] = _images(graph)
+            node.inputs[1] = images_shape(graph)
             done += 1
     graph.cleanup().toposort()
     return done
@@ -91,7 +91,7 @@ def _lengths(shape: object, batch: int) -> tuple[int, ...] | None:
     return (batch if isinstance(first, str) else first, *inner) if fixed else None
 
 
-def _images(graph: gs.Graph) -> gs.Variable:
+def images_shape(graph: gs.Graph) -> gs.Variable:
     """The shape (B, 1, 1), where Expand wants it."""
     stem = "regraft.cuda.one_for_each_image"
     known = graph.tensors().get(f"{stem}.shape.out")

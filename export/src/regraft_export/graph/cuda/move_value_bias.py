@@ -1,7 +1,8 @@
 """Rewrite: the bias of the values of a MultiHeadAttention moves behind the output projection.
 
 Attention weights sum to 1, so a value bias b comes out of the attention as it went in, and
-``(a + b) W + c = a W + (c + b W)``: one bias instead of two.
+``(a + b) W + c = a W + (c + b W)``: one bias instead of two. Constant values of the variant kv are
+stored less the bias then.
 
 Exact only where the attention's output goes straight into the projection's MatMul and nowhere
 else. A norm before the projection, a second reader, or values that are more than a linear product
@@ -16,25 +17,25 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from regraft_export.graph.cuda.drop_key_bias import biased_product, reads_once
+from regraft_export.graph.cuda.drop_key_bias import reads_once, unbiased
 from regraft_export.graph.cuda.fuse_attention import OP
+from regraft_export.graph.cuda.join_constants import VALUE
 from regraft_export.graph.document import Editor, consumers
-
-VALUE = 2
 
 
 def move_value_bias(graph: gs.Graph) -> int:
     """Moves the biases; returns how many."""
     moved = 0
     for node in [n for n in graph.nodes if n.op == OP]:
-        found = biased_product(node.inputs[VALUE])
         projection = _projection(node.outputs[0], graph)
-        if found is None or projection is None or not reads_once(node, VALUE):
+        if projection is None or not reads_once(node, VALUE):
             continue
-        product, bias = found
-        node.inputs[VALUE] = product
+        found = unbiased(graph, node.inputs[VALUE])
+        if found is None:
+            continue
+        node.inputs[VALUE], bias = found
         weight = np.asarray(projection.inputs[1].values, np.float64)
-        _add(graph, projection, np.asarray(bias.values, np.float64) @ weight)
+        _add(graph, projection, np.asarray(bias, np.float64) @ weight)
         moved += 1
     return moved
 
