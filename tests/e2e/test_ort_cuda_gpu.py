@@ -110,7 +110,7 @@ def test_changing_batches_give_the_references_features(
 
 @pytest.mark.parametrize("own", [False, True], ids=["", "operators"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("name", [name for name in SMALL if name != "open_clip"])
+@pytest.mark.parametrize("name", SMALL)
 def test_every_family_equals_the_cpu(name: str, precision: str, own: bool, tmp_path: Path) -> None:
     family = SMALL[name]
     size = (family.size, family.size)

@@ -1,4 +1,4 @@
-"""The graphs for ort-cuda in every family: equal to the portable ones, or refused with a reason."""
+"""The graphs for ort-cuda in every family: equal to the portable ones."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from regraft_export.graph.patch import Patch, Wanted, build
 from regraft_export.trace import trace
 from regraft_export.vit.structure import from_module
 
-# nn.MultiheadAttention is traced with tokens and batch in one axis, which no fusion knows yet.
-NOT_FUSED = {"open_clip": "its heads are not merged into"}
-
 
 @pytest.mark.parametrize("name", SMALL)
 def test_the_fused_graph_gives_the_same_features(name: str) -> None:
@@ -32,11 +29,7 @@ def test_the_fused_graph_gives_the_same_features(name: str) -> None:
     kv = replace(token, constants=constants.drawn(vit))
     for patch in (None, token, kv):
         fused = fuse(prepared, patch, Wanted())
-        missing = why_not_fused(fused, vit.layout.depth)
-        if name in NOT_FUSED:
-            assert NOT_FUSED[name] in missing
-            continue
-        assert missing == ""
+        assert why_not_fused(fused, vit.layout.depth) == ""
         found = graphs.run_whole(fused.proto, pixels)
         right = graphs.run(build(traced, patch, Wanted()).proto, pixels)
         assert set(found) == set(right)

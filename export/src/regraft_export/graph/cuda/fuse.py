@@ -1,7 +1,8 @@
 """All rewrites for ONNX Runtime on CUDA, in order: from a trace to the graph of ``ort-cuda``.
 
-LayerScale is folded before the patch, so that the redirect takes its rows from the new weights; the
-rest comes after, so that a baseline and a patched graph go through the same rewrites.
+LayerScale is folded before the patch, so that the redirect takes its rows from the new weights, and
+images come before tokens; the rest comes after, so that a baseline and a patched graph go through
+the same rewrites.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from regraft_export.graph.cuda.fuse_attention import DOMAIN, fuse_attention
 from regraft_export.graph.cuda.fuse_bias_gelu import fuse_bias_gelu
 from regraft_export.graph.cuda.fuse_skip_norm import fuse_skip_norm
 from regraft_export.graph.cuda.gate_operator import gate_by_operator
+from regraft_export.graph.cuda.images_first import images_first
 from regraft_export.graph.cuda.join_constants import join_constants
 from regraft_export.graph.cuda.known_shapes import fix_shapes
 from regraft_export.graph.cuda.leave_whole import leave_whole
@@ -89,7 +91,7 @@ class Fused:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A trace with LayerScale folded, and how many were."""
+    """A trace with LayerScale folded, and how many were; images come before tokens everywhere."""
 
     traced: Traced
     folded: int
@@ -98,11 +100,11 @@ class Prepared:
 def prepare(traced: Traced, choices: Choices | None = None) -> Prepared:
     """What all graphs of a bundle have in common, done once."""
     choices = choices or Choices()
-    if not choices.layer_scale:
-        return Prepared(traced, 0)
-    graph = read(traced.proto)
-    folded, down = fold_layer_scale(graph, traced.down)
-    if not folded:
+    graph, folded, down = read(traced.proto), 0, traced.down
+    exchanged = images_first(graph, traced.layout)
+    if choices.layer_scale:
+        folded, down = fold_layer_scale(graph, down)
+    if not folded and not exchanged:
         return Prepared(traced, 0)
     proto = write(graph, shapes_changed=False)
     return Prepared(replace(traced, proto=proto, down=down), folded)
