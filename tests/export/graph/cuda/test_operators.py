@@ -154,6 +154,7 @@ g = Sigmoid(a) s = Mul(a, g) y = Mul(s, b)"""
 GATES = {"w": (D, 2 * D), "c": (2 * D,)}
 
 
+KNOWN = {"a": ("b", T, D), "b": ("b", T, D)}
 PAIR = """u = MatMul(x, w) a = Add(u, c) v = MatMul(x, w1) b = Add(v, c1)
 g = Sigmoid(a) s = Mul(g, a) y = Mul(b, s)"""
 PAIRS = {"w": (D, D), "w1": (D, D), "c": (D,), "c1": (D,)}
@@ -162,11 +163,17 @@ PAIRS = {"w": (D, D), "w1": (D, D), "c": (D,), "c1": (D,)}
 @pytest.mark.parametrize(("nodes", "weights"), [(GATE, GATES), (PAIR, PAIRS)])
 def test_a_swiglu_is_one_node(nodes: str, weights: dict[str, object]) -> None:
     before, graph = run(model(nodes, **weights)), model(nodes, **weights)
-    assert gate_by_operator(graph, T) == 1
+    assert gate_by_operator(graph, T, KNOWN) == 1
     graph.cleanup()
     assert ops(graph) == {"MatMul": 1, "BiasedSwiGlu_fp32": 1}
     assert graph.outputs[0].shape == ["batch", T, D]
     np.testing.assert_allclose(spelled(graph), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [("rows", D), ("b", 2, T, D), None])
+def test_a_gate_of_another_rank_is_left(shape: tuple[object, ...] | None) -> None:
+    known = {} if shape is None else {"a": shape, "b": shape}
+    assert gate_by_operator(model(GATE, **GATES), T, known) == 0
 
 
 @pytest.mark.parametrize(
@@ -185,7 +192,7 @@ def test_other_gates_are_left(change: tuple[str, str], weights: dict[str, object
     nodes = GATE.replace(*change)
     assert nodes != GATE
     more = {"v": (12, D)} if "v)" in nodes else {}
-    assert gate_by_operator(model(nodes, **weights, **more), T) == 0
+    assert gate_by_operator(model(nodes, **weights, **more), T, KNOWN) == 0
 
 
 @pytest.mark.parametrize(
@@ -203,4 +210,4 @@ def test_other_pairs_are_left(change: tuple[str, str], weights: dict[str, object
     assert nodes != PAIR
     if "k" in weights:
         weights = {**weights, "w": (D, 4), "w1": (D, 4), "c": (4,), "c1": (4,)}
-    assert gate_by_operator(model(nodes, **weights), T) == 0
+    assert gate_by_operator(model(nodes, **weights), T, KNOWN) == 0

@@ -18,7 +18,7 @@ from regraft_export.graph.cuda.fold_layer_scale import fold_layer_scale
 from regraft_export.graph.cuda.fuse_attention import fuse_attention
 from regraft_export.graph.cuda.fuse_bias_gelu import fuse_bias_gelu
 from regraft_export.graph.cuda.fuse_skip_norm import fuse_skip_norm
-from regraft_export.graph.cuda.known_shapes import fix_shapes
+from regraft_export.graph.cuda.known_shapes import BATCHES, fix_shapes
 from regraft_export.graph.cuda.leave_whole import leave_whole
 from regraft_export.graph.cuda.maximum import maximum_by_topk
 from regraft_export.graph.cuda.move_value_bias import move_value_bias
@@ -57,6 +57,14 @@ def run(graph: gs.Graph, shape: tuple[int, ...] = (3, T, D)) -> NDArray[np.float
     out = graphs.run(write(graph, shapes_changed=True), {"x": x}, optimize=False)
     (value,) = out.values()
     return np.asarray(value, np.float32)
+
+
+def known(shapes: dict[str, tuple[object, ...]]) -> dict[int, dict[str, tuple[object, ...]]]:
+    """Shapes for several numbers of images, which "b" stands for."""
+    return {
+        images: {name: tuple(images if n == "b" else n for n in s) for name, s in shapes.items()}
+        for images in BATCHES
+    }
 
 
 def ops(graph: gs.Graph) -> Counter[str]:
@@ -183,7 +191,7 @@ def test_keys_are_taken_as_a_norm_or_a_rotation_left_them(
     assert fuse_attention(other, H, T) == (1, [])
     assert ops(other)["Shape"] == 1
     np.testing.assert_allclose(run(other), before, atol=1e-5)
-    assert fix_shapes(other, {keys: ("b", H, T, D // H)}) == 2
+    assert fix_shapes(other, known({keys: ("b", H, T, D // H)})) == 2
     assert "Shape" not in ops(other)
     np.testing.assert_allclose(run(other), before, atol=1e-5)
 
@@ -211,7 +219,7 @@ def test_a_constant_is_repeated_without_a_computed_shape(nodes: str) -> None:
         return np.asarray(value, np.float32)
 
     before, graph = values(model(nodes, **args)), model(nodes, **args)
-    assert fix_shapes(graph, {"x": ("b", T, D)}) == 1
+    assert fix_shapes(graph, known({"x": ("b", T, D)})) == 1
     (shape,) = [node for node in graph.nodes if node.op == "Shape"]
     assert [reader.op for reader in shape.outputs[0].outputs] == ["Expand"]
     np.testing.assert_array_equal(values(graph), before)
@@ -222,6 +230,13 @@ def test_a_constant_is_repeated_without_a_computed_shape(nodes: str) -> None:
     [
         ("z = Neg(x) sh = Shape(z) y = Reshape(z, sh)", {}),  # of an unknown shape
         ("sh = Shape(x) y = Reshape(x, sh)", {"x": ("b", "t", D)}),
+        ("sh = Shape(x) y = Reshape(x, sh)", {"x": ("windows", T, D)}),  # not the images
+        ("sh = Shape(x) y = Reshape(x, sh)", {"x": ("b", "b", D)}),  # two depend on the images
+        # Arithmetic in floats is left out of the computation.
+        (
+            "sh = Shape(x) f = Cast<to = 1>(sh) i = Cast<to = 7>(f) y = Reshape(x, i)",
+            {"x": ("b", T, D)},
+        ),
         # Two lengths depend on the batch; one -1 cannot stand for both.
         ("sh = Shape(x) two = Concat<axis = 0>(n, n) u = Reshape(x, two) y = Add(x, x)", {}),
         (
@@ -235,7 +250,7 @@ def test_shapes_that_are_not_known_are_left(
 ) -> None:
     nodes = nodes.replace("two = Concat", "n = Slice(sh, zero, one) two = Concat")
     graph = model(nodes, zero=np.array([0]), one=np.array([1]))
-    assert fix_shapes(graph, shapes or {"other": ("b", T, D)}) == 0
+    assert fix_shapes(graph, known(shapes or {"other": ("b", T, D)})) == 0
 
 
 def test_a_norm_before_the_projection_keeps_the_value_bias() -> None:

@@ -25,8 +25,9 @@ from regraft_export.graph.cuda.fuse_bias_gelu import fuse_bias_gelu
 from regraft_export.graph.cuda.fuse_skip_norm import fuse_skip_norm
 from regraft_export.graph.cuda.gate_operator import gate_by_operator
 from regraft_export.graph.cuda.images_first import images_first
+from regraft_export.graph.cuda.inferred_shapes import inferred_shapes
 from regraft_export.graph.cuda.join_constants import join_constants
-from regraft_export.graph.cuda.known_shapes import fix_shapes
+from regraft_export.graph.cuda.known_shapes import BATCHES, fix_shapes
 from regraft_export.graph.cuda.leave_whole import leave_whole
 from regraft_export.graph.cuda.maximum import maximum_by_topk
 from regraft_export.graph.cuda.move_value_bias import move_value_bias
@@ -161,17 +162,17 @@ def fuse_built(
     choices, traced = choices or Choices(), prepared.traced
     layout = traced.layout
     tokens = layout.count + registers
-    shapes = _shapes(proto)
+    shapes = inferred_shapes(proto)
     graph = read(proto)
     patches, entered = _enter(graph, traced, choices)
     attentions, left = fuse_attention(graph, layout.heads, tokens, shapes)
-    fix_shapes(graph, shapes)
+    fix_shapes(graph, {images: inferred_shapes(proto, images) for images in BATCHES})
     # Left out where attentions stay unfused: such a graph is not used.
     known = constants is not None and attentions == layout.depth
     seen = join_constants(graph, constants) if constants is not None and known else 0
     keys = drop_key_bias(graph) if choices.biases else 0
     values = move_value_bias(graph) if choices.biases else 0
-    gates = gate_by_operator(graph, tokens) if choices.operators else 0
+    gates = gate_by_operator(graph, tokens, shapes) if choices.operators else 0
     own = redirect_by_operator(graph, tokens, layout.width) if choices.operators else 0
     graph.cleanup()
     placed = own + _redirect(graph, choices, (tokens, layout.width), shapes)
@@ -250,24 +251,3 @@ def _redirect(
     graph.cleanup()  # sums that were replaced are no sums any more
     # What does not fit, a gated MLP's hidden units for example, takes the form with one pass.
     return done + (place_register_row(graph, tokens) if choices.write != "added" else 0)
-
-
-def _shapes(proto: onnx.ModelProto) -> dict[str, tuple[object, ...]]:
-    """Shapes of all tensors, as far as inference finds them; weights are left out of its way."""
-    bare = onnx.ModelProto()
-    bare.CopyFrom(proto)
-    for initializer in bare.graph.initializer:
-        if len(initializer.raw_data) > 1024:
-            # A model of more than 2 GB cannot be serialised, which inference does.
-            initializer.ClearField("raw_data")
-            initializer.data_location = onnx.TensorProto.EXTERNAL
-            entry = initializer.external_data.add()
-            entry.key, entry.value = "location", "unread"
-    inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True)
-    known = [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]
-    return {value.name: _dims(value) for value in known if value.type.tensor_type.HasField("shape")}
-
-
-def _dims(value: onnx.ValueInfoProto) -> tuple[object, ...]:
-    dims = value.type.tensor_type.shape.dim
-    return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in dims)

@@ -14,17 +14,19 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from regraft_export.graph.cuda.attention_form import Shapes
 from regraft_export.graph.cuda.drop_key_bias import biased_product
 from regraft_export.graph.cuda.redirect_operator import DOMAIN, operator
 from regraft_export.graph.document import Editor, consumers
 
 
-def gate_by_operator(graph: gs.Graph, tokens: int) -> int:
+def gate_by_operator(graph: gs.Graph, tokens: int, shapes: Shapes) -> int:
     """Rewrites every such MLP.
 
     Args:
         graph: changed in place.
         tokens: T + R.
+        shapes: tensor name -> shape, as far as known.
 
     Returns:
         How many were rewritten.
@@ -32,6 +34,8 @@ def gate_by_operator(graph: gs.Graph, tokens: int) -> int:
     done = 0
     for node in [n for n in graph.nodes if n.op == "Mul"]:
         halves = _halves(node)
+        if halves is not None and len(shapes.get(halves[0].name, ())) != 3:
+            continue  # the operator wants (B, T, 2 H)
         found = None if halves is None else (_packed(*halves) or _pack(graph, *halves))
         if found is None:
             continue

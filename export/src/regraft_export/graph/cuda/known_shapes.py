@@ -1,7 +1,7 @@
 """Rewrite: shapes that a graph computes, though all but the batch is known, become constants.
 
 ONNX Runtime computes shapes on the CPU, which ``ort-cuda`` does not allow. Every tensor's shape is
-known here but for the number of images, so::
+known here for each number of images, and two numbers show what depends on it::
 
     x -> Shape -> Slice, Concat -> Reshape's target         becomes a constant, with -1 for images
     c -> Tile or Expand to the number of images             becomes c -> Expand (Shape (images))
@@ -17,23 +17,24 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from regraft_export.graph.cuda.layout import compute
+from regraft_export.graph.cuda.layout import compute, is_neutral
 from regraft_export.graph.document import Editor, ancestors
 
 Shapes = Mapping[str, tuple[object, ...]]
-_BATCHES = (2, 3)
+BATCHES = (2, 3)  # numbers of images
 _ARITHMETIC = (
     *("Shape", "Slice", "Concat", "Gather", "Cast", "Squeeze", "Unsqueeze", "Reshape"),
     *("Add", "Sub", "Mul", "Div", "Identity"),
 )
 
 
-def fix_shapes(graph: gs.Graph, shapes: Shapes) -> int:
+def fix_shapes(graph: gs.Graph, shapes: Mapping[int, Shapes]) -> int:
     """Rewrites every target of a Reshape, and every repetition of a constant for each image.
 
     Args:
         graph: changed in place.
-        shapes: tensor name -> shape, as far as known; a name stands for the number of images.
+        shapes: each of :data:`BATCHES` -> tensor name -> shape, as far as known; a length that is
+            not known is a string.
 
     Returns:
         How many nodes were given a constant.
@@ -43,7 +44,7 @@ def fix_shapes(graph: gs.Graph, shapes: Shapes) -> int:
     for node in list(graph.nodes):
         if node.op not in ("Reshape", "Tile", "Expand") or isinstance(node.inputs[1], gs.Constant):
             continue
-        found = [_value(graph, node.inputs[1], shapes, batch) for batch in _BATCHES]
+        found = [_value(graph, node.inputs[1], shapes[batch]) for batch in BATCHES]
         if any(value is None for value in found):
             continue
         two, three = (np.asarray(value, np.int64).reshape(-1) for value in found)
@@ -62,33 +63,24 @@ def fix_shapes(graph: gs.Graph, shapes: Shapes) -> int:
     return done
 
 
-def _value(
-    graph: gs.Graph, target: gs.Tensor, shapes: Shapes, batch: int
-) -> NDArray[np.generic] | None:
-    """A shape's value for so many images; None if it depends on more than shapes."""
+def _value(graph: gs.Graph, target: gs.Tensor, shapes: Shapes) -> NDArray[np.generic] | None:
+    """A shape's value for these shapes; None if it depends on more."""
     nodes = ancestors(target, stop=[])
     sources = [n for n in nodes if n.op == "Shape"]
     for source in sources:
         nodes = [n for n in nodes if n not in ancestors(source.inputs[0], stop=[])]
     if not sources or any(n.op not in _ARITHMETIC or n.domain for n in nodes):
         return None
+    if any(is_neutral(n) for n in nodes):  # they are left out of the computation
+        return None
     given: dict[str, NDArray[np.generic]] = {}
     for source in sources:
         value = source.inputs[0]
-        known = shapes.get(value.name) or value.shape
-        lengths = _lengths(known, batch)
-        if lengths is None:
+        lengths = shapes.get(value.name, ())
+        if not lengths or not all(type(n) is int and n > 0 for n in lengths):
             return None
-        given[value.name] = np.zeros(lengths, np.float32)
+        given[value.name] = np.zeros([int(str(n)) for n in lengths], np.float32)
     return compute(graph, nodes, target, given)
-
-
-def _lengths(shape: object, batch: int) -> tuple[int, ...] | None:
-    if not isinstance(shape, tuple | list) or not shape:
-        return None
-    first, *inner = shape
-    fixed = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in inner)
-    return (batch if isinstance(first, str) else first, *inner) if fixed else None
 
 
 def images_shape(graph: gs.Graph) -> gs.Variable:

@@ -111,7 +111,7 @@ def compute(
     end: gs.Variable,
     given: dict[str, NDArray[np.generic]],
 ) -> NDArray[np.generic] | None:
-    """The value of ``end`` from given tensors; scalar factors are left out; None if it fails.
+    """The value of ``end`` from given tensors, without neutral nodes; None if it fails.
 
     Inputs of the graph that are not given are zeros of their shape, with :data:`BATCH` images.
     """
@@ -120,13 +120,18 @@ def compute(
     for tensor in inputs:
         empty: NDArray[np.generic] = np.zeros((BATCH, *tensor.shape[1:]), np.float32)
         feeds.setdefault(str(tensor.name), empty)
-    neutral = {n.name for n in nodes if scalar_factor(n) is not None or _to_float(n)}
+    neutral = {n.name for n in nodes if is_neutral(n)}
     model = _model(graph, nodes, list(feeds), end, neutral)
     try:
         outputs: Any = ReferenceEvaluator(model).run([str(end.name)], feeds)
     except (ValueError, IndexError, RuntimeError, TypeError):
         return None
     return np.asarray(outputs[0])
+
+
+def is_neutral(node: gs.Node) -> bool:
+    """Whether a node moves nothing: a factor of the data, or another precision."""
+    return scalar_factor(node) is not None or _to_float(node)
 
 
 def _model(
