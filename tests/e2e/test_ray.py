@@ -33,7 +33,7 @@ def test_without_ray_it_says_what_to_install(
     assert main(words) == 1
     err = capsys.readouterr().err
     assert err.startswith("regraft: --ray needs Ray, which is not installed (")
-    assert err.endswith("pip install 'regraft-runtime[ray]' here and on every node\n")
+    assert err.endswith("checkout of regraft pip install './runtime[ray]'\n")
 
 
 @pytest.fixture(scope="module")

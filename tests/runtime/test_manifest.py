@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from regraft.constants import Constants
 from regraft.errors import BundleError
-from regraft.manifest import GRAPHS, SCHEMA, FileRecord, Manifest, Sites, digest
+from regraft.manifest import GRAPHS, SCHEMA, CudaFusions, FileRecord, Manifest, Sites, digest
 from regraft.preprocessing import Preprocessing
 from regraft.redirect import RedirectOptions
 from regraft.tokens import TokenLayout
@@ -160,6 +161,17 @@ def test_every_field_is_needed_and_named(data: Any) -> None:
         assert reading(without) == (
             f"bundle/manifest.json: the field '{field}' is missing; export again"
         )
+
+
+def test_every_count_of_fusions_is_needed(data: Any) -> None:
+    counts = asdict(CudaFusions(attentions=3, patches=True))
+    for field in counts:
+        without = {name: value for name, value in counts.items() if name != field}
+        assert reading({**data, "cuda": without}) == (
+            f"bundle/manifest.json: the field '{field}' is missing; export again"
+        )
+    for field, value in (("attentions", True), ("constants", -1), ("patches", 1)):
+        assert f"cuda.{field} is {value!r}" in reading({**data, "cuda": {**counts, field: value}})
 
 
 def test_schema_1_is_read_as_the_variant_token(data: Any) -> None:

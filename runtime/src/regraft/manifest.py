@@ -368,7 +368,7 @@ def _fusions(value: Any) -> CudaFusions | None:
     found: dict[str, Any] = {}
     for f in fields(CudaFusions):
         read = _truth if isinstance(f.default, bool) else integer
-        found[f.name] = read(f"cuda.{f.name}", value.get(f.name, f.default))
+        found[f.name] = read(f"cuda.{f.name}", value[f.name])
     return CudaFusions(**found)
 
 

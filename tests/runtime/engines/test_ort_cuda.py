@@ -391,7 +391,11 @@ def test_what_is_missing_is_named(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(EngineError, match="onnxruntime-gpu is not installed") as caught:
         open_engine(graph, "ort-cuda")
-    hint = "pip install 'regraft-runtime[cuda]' 'onnxruntime-gpu[cuda,cudnn]'"
+    hint = (
+        "pip install 'regraft-runtime[cuda]', or in a checkout of regraft pip install "
+        "'./runtime[cuda]'; where CUDA or cuDNN are not installed, also "
+        "'onnxruntime-gpu[cuda,cudnn]'"
+    )
     assert str(caught.value).endswith(hint)
 
 

@@ -24,7 +24,13 @@ import numpy as np
 from regraft.bulk.work import Opening, Task, Watcher, write
 from regraft.bundle import Bundle, record
 from regraft.engines import AUTO
-from regraft.errors import BundleError, ImageError, InputError, RegraftError
+from regraft.errors import (
+    BundleError,
+    ImageError,
+    InputError,
+    RegraftError,
+    how_to_install,
+)
 from regraft.features import Features
 from regraft.images import decode
 from regraft.manifest import NAME
@@ -70,9 +76,9 @@ class RayCrew:
         ray = _ray()
         opening = replace(opening, bundle=str(Path(opening.bundle).absolute()))
         own = not ray.is_initialized()
-        if own:
-            ray.init(log_to_driver=False, logging_level="error")
         try:
+            if own:
+                ray.init(log_to_driver=False, logging_level="error")
             yield cls._plan(ray, opening, actors)
         finally:
             if own:
@@ -247,6 +253,6 @@ def _ray() -> Any:
     except ImportError as error:
         raise InputError(
             f"--ray needs Ray, which is not installed ({error}); "
-            "pip install 'regraft-runtime[ray]' here and on every node"
+            f"here and on every node {how_to_install('regraft-runtime', 'ray')}"
         ) from None
     return ray

@@ -15,7 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
@@ -62,6 +62,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             if seen.interrupt:
                 return _interrupted()
             raise
+
+
+def program() -> NoReturn:
+    """Runs the command line as this process.
+
+    After Ctrl-C it ends at once. On its usual way out, Python tears native libraries down in which
+    threads may have been interrupted, which can crash, and dies by the signal instead of ending
+    with 130 where the signal came while generated code was run.
+    """
+    code = main()
+    if code == INTERRUPTED:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _interrupted() -> int:
@@ -197,4 +213,4 @@ def _warnings_in_one_line() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 
 from regraft.cli.options import add_engine, at_least, duration
-from regraft.errors import InputError
+from regraft.errors import InputError, how_to_install
 from regraft.serve.settings import MIB, Batching, EngineChoice, Limits, Settings
 
 KEY_VARIABLE = "REGRAFT_SERVE_KEY"
@@ -143,7 +143,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serves until a signal ends it."""
     if importlib.util.find_spec("uvicorn") is None:
-        raise InputError("uvicorn is not installed; pip install 'regraft-runtime[serve]'")
+        raise InputError(f"uvicorn is not installed; {how_to_install('regraft-runtime', 'serve')}")
     if args.grpc_port is not None:
         _expect_grpc()
     if args.max_queue < args.max_batch:
@@ -194,7 +194,7 @@ def _expect_grpc() -> None:
         if found is None:
             raise InputError(
                 f"--grpc-port needs {name}, which is not installed; "
-                "pip install 'regraft-runtime[grpc]'"
+                f"{how_to_install('regraft-runtime', 'grpc')}"
             )
 
 

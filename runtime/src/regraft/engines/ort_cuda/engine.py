@@ -26,12 +26,15 @@ from regraft.engines.ort_cuda.operators import (
 )
 from regraft.engines.ort_cuda.runner import NO_MEMORY, Runner
 from regraft.engines.parts import parts_of, shapes_of
-from regraft.errors import EngineError
+from regraft.errors import EngineError, how_to_install
 from regraft.manifest import INPUT
 
 PROVIDER = "CUDAExecutionProvider"
 _LIBRARIES = "'onnxruntime-gpu[cuda,cudnn]'"
-_INSTALL = f"pip install 'regraft-runtime[cuda]' {_LIBRARIES}"
+_INSTALL = (
+    f"{how_to_install('regraft-runtime', 'cuda')}; where CUDA or cuDNN are not installed, also "
+    f"{_LIBRARIES}"
+)
 _log = logging.getLogger("regraft")
 # What a message of ONNX Runtime or CUDA says -> what to do. The first that fits counts.
 _REMEDIES = (
