@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from tests.support import graphs, models, pictures, traces
-from tests.support.families import SMALL, planted_module, units_of
+from tests.support.families import cases, planted_module, units_of
+from tests.support.small_families import SMALL
 
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft.redirect import RedirectOptions
@@ -17,7 +18,7 @@ from regraft_export.vit.structure import from_module
 NOT_FUSED = {"open_clip": "its heads are not merged into"}
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", cases(SMALL))
 def test_the_fused_graph_gives_the_same_features(name: str) -> None:
     family = SMALL[name]
     size = (family.size, family.size)
