@@ -51,7 +51,7 @@ def torchscript(
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module,
-            (torch.zeros(batch, channels, *size),),
+            (torch.zeros(batch, channels, *size, dtype=next(module.parameters()).dtype),),
             str(path),
             dynamo=False,
             opset_version=opset,
