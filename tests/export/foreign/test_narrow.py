@@ -2,7 +2,7 @@
 
 fp16 comes in two ways. The model is narrowed and then exported, as torch.onnx, transformers and
 optimum (``--dtype fp16``, which traces a narrowed model by TorchScript, and wants a card) do. Or a
-float32 file is converted afterwards, which most files on the hubs are: by ONNX Runtime's own
+float32 file is converted afterwards, as many files on the hubs are: by ONNX Runtime's own
 converter here, Cast nodes at the ends and around what stays float32. bf16 comes in the first way.
 """
 

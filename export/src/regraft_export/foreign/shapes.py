@@ -121,8 +121,8 @@ def _infer(view: View, node: gs.Node, result: Shapes, versions: Mapping[str, int
 def _outputs(
     schema: defs.OpSchema,
     node: onnx.NodeProto,
-    types: Mapping[str, TypeProto],
-    data: Mapping[str, onnx.TensorProto],
+    types: dict[str, TypeProto],
+    data: dict[str, onnx.TensorProto],
 ) -> dict[str, TypeProto]:
     """A node's outputs by ONNX's inference.
 

@@ -207,7 +207,7 @@ def _sum(node: gs.Node, a: Bounds | None, b: Bounds | None, sign: int) -> Bounds
     # Of an unknown type, only what every type holds.
     least, most = (0, 127) if kind is None else (-inf, inf)
     if kind is not None and integers:
-        least, most = np.iinfo(kind.name).min, np.iinfo(kind).max
+        least, most = np.iinfo(kind.name).min, np.iinfo(kind.name).max
         a, b = (_held(x, int(least), int(most)) for x in (a, b))
     first, last = (b.low, b.high) if sign == 1 else (-b.high, -b.low)
     if inf in (a.high, last) and -inf in (a.low, first):
