@@ -72,6 +72,7 @@ def test_a_narrowed_model_by_every_exporter(case: Any, precision: str, tmp_path:
     fixed = exporter == "torchscript" and "axes" not in options
     assert_equal(result, 1 if fixed else 2)
     within_the_limits(result, precision)
+    assert found(tmp_path / "in.onnx").stack.depth == 3
 
 
 def within_the_limits(result: Checked, precision: str) -> None:
