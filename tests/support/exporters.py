@@ -51,7 +51,7 @@ def torchscript(
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module,
-            (torch.zeros(batch, channels, *size),),
+            (torch.zeros(batch, channels, *size, dtype=next(module.parameters()).dtype),),
             str(path),
             dynamo=False,
             opset_version=opset,
@@ -97,6 +97,8 @@ CASES = [
     ("hf_clip", "torchscript", 17, {"axes": BATCH}),
     ("hf_dinov2", "torchscript", 18, {"axes": ANY}),
     ("hf_clip_projection", "dynamo", 18, {}),
+    ("hf_deit", "dynamo", 19, {}),
+    ("hf_dinov2_registers", "dynamo", 21, {"optimize": False}),
 ]
 # With `dynamic` it leaves batch and image sizes open where the model does, else the batch is 2.
 OF_TRANSFORMERS = [

@@ -1,4 +1,4 @@
-"""Families of models by the scheme that loads them, at small sizes and at real ones.
+"""Families of models: how one is built, saved and planted; small and real ones lie beside this.
 
 Every model is its library's real class, randomly initialised; :func:`planting.plant` makes units of
 it write outlier tokens. A family is saved as a user would have it: a folder, or code and a
@@ -8,12 +8,14 @@ checkpoint, so that the command line loads it.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import timm
 import torch
 import transformers as tf
@@ -43,6 +45,7 @@ class Family:
         rotary: whether positions are given inside attention.
         norm: of the planted outlier tokens, in medians; less where the output is a mean of all.
         reduced: what is smaller than in the published model, for the test's name.
+        library: what must be installed beside torch, timm and transformers.
     """
 
     build: Callable[[], nn.Module]
@@ -55,6 +58,7 @@ class Family:
     rotary: bool = False
     norm: float = 8.0
     reduced: str = ""
+    library: str = "torch"
 
 
 def _as_python(code: str) -> Save:
@@ -68,9 +72,9 @@ def _as_python(code: str) -> Save:
     return save
 
 
-def _timm(name: str, size: int, patch: int, prefix: int, **options: Any) -> Family:
+def of_timm(name: str, size: int, patch: int, prefix: int, **options: Any) -> Family:
     """A timm model; options other than Family's go to ``create_model``."""
-    about = {k: options.pop(k) for k in ("layers", "rotary", "norm", "reduced") if k in options}
+    about = _of_family(options)
     settings = {"num_classes": 0, "img_size": size, **options}
     code = (
         "import timm\n\n\ndef vit():\n"
@@ -88,8 +92,18 @@ def _as_folder(module: nn.Module, folder: Path) -> tuple[str, ...]:
     return (f"hf:{folder}",)
 
 
-def _hf(model: Any, config: Any, prefix: int, **options: Any) -> Family:
-    about = {k: options.pop(k) for k in ("layers", "rotary", "norm", "reduced") if k in options}
+def _as_mae(module: nn.Module, folder: Path) -> tuple[str, ...]:
+    """A ViT's weights in a checkpoint of transformers' MAE, whose own class shuffles patches."""
+    shared = tf.ViTMAEConfig().to_dict().keys() - {"model_type", "architectures"}
+    own = {k: v for k, v in module.config.to_dict().items() if k in shared}
+    mae = tf.ViTMAEModel(tf.ViTMAEConfig(**own))
+    mae.load_state_dict(module.state_dict())
+    return _as_folder(mae, folder)
+
+
+def of_transformers(model: Any, config: Any, prefix: int, **options: Any) -> Family:
+    """A transformers model; options other than Family's go to its configuration."""
+    about = _of_family(options)
     settings = {"image_size": 64, "patch_size": 8, **options}
     return Family(
         lambda: model(config(**settings)),
@@ -98,7 +112,17 @@ def _hf(model: Any, config: Any, prefix: int, **options: Any) -> Family:
     )  # fmt: skip
 
 
-def _open_clip(
+def of_transformers_mae(**options: Any) -> Family:
+    """Loaded as plain ViT, without the pooler that a checkpoint of MAE lacks."""
+
+    def build(config: Any) -> nn.Module:
+        module: nn.Module = tf.ViTModel(config, add_pooling_layer=False)
+        return module
+
+    return replace(of_transformers(build, tf.ViTConfig, 1, **options), save=_as_mae)
+
+
+def of_open_clip(
     config: Callable[[], dict[str, Any]], size: int, patch: int, prefix: int = 1, **about: Any
 ) -> Family:
     """An OpenCLIP model of a configuration, as ``open_clip:local-dir:FOLDER``.
@@ -122,17 +146,17 @@ def _open_clip(
         save,
         size, patch, prefix,
         visual=lambda module: module.visual,
+        library="open_clip",
         **about,
     )  # fmt: skip
 
 
-def _hub(entry: str, size: int, prefix: int, **options: Any) -> Family:
+def of_hub(entry: str, size: int, prefix: int, **about: Any) -> Family:
     """A model of the hub folder, through its entry."""
-    about = {k: options.pop(k) for k in ("layers", "reduced") if k in options}
 
     def build() -> nn.Module:
         plain = {"pretrained": False} if entry != "tiny" else {}
-        module: nn.Module = torch.hub.load(str(HUB), entry, source="local", **plain, **options)
+        module: nn.Module = torch.hub.load(str(HUB), entry, source="local", **plain)
         return module
 
     def save(module: nn.Module, folder: Path) -> tuple[str, ...]:
@@ -142,196 +166,24 @@ def _hub(entry: str, size: int, prefix: int, **options: Any) -> Family:
     return Family(build, save, size, 14, prefix, **about)
 
 
-_TIMM = {"depth": 3, "embed_dim": 48, "num_heads": 3}
-_HF = {
-    "hidden_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "intermediate_size": 96,
-}
-_CLIP = {
-    "embed_dim": 20,
-    "quick_gelu": True,
-    "vision_cfg": {"layers": 3, "width": 48, "head_width": 16, "patch_size": 8, "image_size": 64},
-    "text_cfg": {"width": 16, "heads": 2, "layers": 1, "vocab_size": 64},
-}
-
-SMALL = {
-    "open_clip": _open_clip(lambda: _CLIP, 64, 8),
-    "hub_dinov2": _hub("tiny", 112, 1),
-    "hub_dinov2_g_reg": _hub("tiny_g_reg", 112, 5),
-    "hf_siglip": _hf(tf.SiglipVisionModel, tf.SiglipVisionConfig, 0, **_HF),
-    "hf_dinov3": _hf(
-        tf.DINOv3ViTModel, tf.DINOv3ViTConfig, 5, **_HF, num_register_tokens=4, rotary=True
-    ),
-    "timm_dinov3": _timm("vit_small_patch16_dinov3", 112, 16, 5, **_TIMM, rotary=True),
-    "timm_eva02": _timm("eva02_tiny_patch14_224", 112, 14, 1, **_TIMM, rotary=True, norm=6.0),
-    "timm_rope_mixed": _timm("vit_small_patch16_rope_mixed_224", 112, 16, 1, **_TIMM, rotary=True),
-    "hf_internvit": _hf(
-        tf.InternVLVisionModel,
-        tf.InternVLVisionConfig,
-        1,
-        **_HF,
-        norm_type="rms_norm",
-        use_qk_norm=True,
-    ),
-}
-
-# Further ones, of which tests export ONNX files as somebody else would.
-EXPORTED = {
-    "timm_vit": _timm("vit_tiny_patch16_224", 64, 8, 1, patch_size=8, **_TIMM),
-    "timm_clip": _timm("vit_base_patch16_clip_224", 64, 8, 1, patch_size=8, **_TIMM),
-    "timm_swiglu": _timm(
-        "vit_giant_patch14_dinov2", 112, 14, 1, **_TIMM, init_values=1.0, mlp_ratio=4.0
-    ),
-    "timm_siglip": _timm("vit_base_patch16_siglip_224", 64, 8, 0, patch_size=8, **_TIMM),
-    "hf_clip": _hf(tf.CLIPVisionModel, tf.CLIPVisionConfig, 1, **_HF),
-    "hf_vit": _hf(tf.ViTModel, tf.ViTConfig, 1, **_HF, pooler_output_size=48),
-    "hf_dinov2": _hf(
-        tf.Dinov2Model,
-        tf.Dinov2Config,
-        1,
-        **{k: v for k, v in _HF.items() if k != "intermediate_size"},
-    ),
-    **{name: SMALL[name] for name in ("open_clip", "hub_dinov2_g_reg", "hf_siglip")},
-}
+def _of_family(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes out what :class:`Family` itself is told."""
+    return {k: options.pop(k) for k in ("layers", "rotary", "norm", "reduced") if k in options}
 
 
-def _hf_dinov2(size: int, width: int, depth: int, heads: int, **options: Any) -> Family:
-    return _hf(
-        tf.Dinov2Model,
-        tf.Dinov2Config,
-        1,
-        hidden_size=width,
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        image_size=size,
-        patch_size=14,
-        **options,
-    )
-
-
-def _hf_siglip(size: int, patch: int, **options: Any) -> Family:
-    settings = {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-        "layers": (6,),
-        **options,
-    }
-    return _hf(
-        tf.SiglipVisionModel,
-        tf.SiglipVisionConfig,
-        0,
-        image_size=size,
-        patch_size=patch,
-        **settings,
-    )
-
-
-def _published_clip(architecture: str, patch: int, **about: Any) -> Family:
-    def config() -> dict[str, Any]:
-        found: dict[str, Any] = importlib.import_module("open_clip").get_model_config(architecture)
-        return found
-
-    return _open_clip(config, 224, patch, **about)
-
-
-_CLIP_L = {
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-    "patch_size": 14,
-}
-_B = {"layers": (6,)}
-_FOUR = {"depth": 4, "layers": (2,)}
-
-# Published sizes: width, heads, patch, tokens and (where `reduced` says nothing) depth.
-REAL = {
-    "hub_dinov2_vits14": _hub("dinov2_vits14", 224, 1, **_B),
-    "hub_dinov2_vitb14_reg": _hub("dinov2_vitb14_reg", 224, 5, **_B),
-    "hub_dinov2_vitl14": _hub("dinov2_vitl14", 224, 1, layers=(12,)),
-    "timm_dinov2_s_518_reg": _timm("vit_small_patch14_reg4_dinov2", 518, 14, 5, **_B),
-    "timm_dinov2_b": _timm("vit_base_patch14_dinov2", 224, 14, 1, **_B),
-    "hf_dinov2_b": _hf_dinov2(224, 768, 12, 12, **_B),
-    "hf_dinov2_g": _hf_dinov2(
-        224, 1536, 4, 24, use_swiglu_ffn=True, layers=(2,), reduced="depth 4 of 40"
-    ),
-    "timm_dinov2_g_reg": _timm(
-        "vit_giant_patch14_reg4_dinov2", 224, 14, 5, **_FOUR, reduced="depth 4 of 40"
-    ),
-    "open_clip_b32_quickgelu": _published_clip("ViT-B-32-quickgelu", 32, **_B),
-    "open_clip_b16": _published_clip("ViT-B-16", 16, **_B),
-    "open_clip_l14": _published_clip("ViT-L-14", 14, layers=(12,)),
-    "timm_clip_b16_quickgelu": _timm("vit_base_patch16_clip_quickgelu_224", 224, 16, 1, **_B),
-    # As LLaVA reads it: --layers 22, the block before the last.
-    "hf_clip_l14_336": _hf(
-        tf.CLIPVisionModel, tf.CLIPVisionConfig, 1, **_CLIP_L, image_size=336, layers=(12,)
-    ),
-    "hf_siglip_b16_196_tokens": _hf_siglip(224, 16),
-    "hf_siglip_b16_256_tokens": _hf_siglip(256, 16),
-    "hf_siglip_so400m_729_tokens": _hf_siglip(
-        378,
-        14,
-        hidden_size=1152,
-        num_hidden_layers=4,
-        num_attention_heads=16,
-        intermediate_size=4304,
-        layers=(2,),
-        reduced="depth 4 of 27",
-    ),
-    "timm_siglip_b16": _timm("vit_base_patch16_siglip_224", 224, 16, 0, **_B),
-    "timm_deit_b": _timm("deit_base_patch16_224", 224, 16, 1, **_B),
-    "timm_deit_b_distilled": _timm("deit_base_distilled_patch16_224", 224, 16, 2, **_B),
-    "timm_deit3_b": _timm("deit3_base_patch16_224", 224, 16, 1, **_B),
-    "timm_vit_b": _timm("vit_base_patch16_224", 224, 16, 1, **_B),  # AugReg's and MAE's
-    "timm_eva02_b": _timm("eva02_base_patch14_224", 224, 14, 1, **_B, rotary=True, norm=6.0),
-    "timm_dinov3_b": _timm("vit_base_patch16_dinov3", 256, 16, 5, **_B, rotary=True),
-    "timm_dinov3_7b": _timm(
-        "vit_7b_patch16_dinov3",
-        224,
-        16,
-        5,
-        depth=2,
-        layers=(0,),
-        rotary=True,
-        reduced="depth 2 of 40",
-    ),
-    "hf_dinov3_b": _hf(
-        tf.DINOv3ViTModel,
-        tf.DINOv3ViTConfig,
-        5,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=3072,
-        num_register_tokens=4,
-        image_size=224,
-        patch_size=16,
-        rotary=True,
-        **_B,
-    ),
-    "timm_internvit_300m": _timm(
-        "vit_intern300m_patch14_448", 448, 14, 1, **_FOUR, reduced="depth 4 of 24"
-    ),
-    "hf_internvit_6b": _hf(
-        tf.InternVLVisionModel,
-        tf.InternVLVisionConfig,
-        1,
-        hidden_size=3200,
-        num_hidden_layers=3,
-        num_attention_heads=25,
-        intermediate_size=12800,
-        norm_type="rms_norm",
-        use_qk_norm=True,
-        image_size=224,
-        patch_size=14,
-        layers=(1,),
-        reduced="depth 3 of 45",
-    ),
-}
+def cases(families: Mapping[str, Family]) -> list[Any]:
+    """Their names for ``parametrize``; those whose library is not installed are skipped."""
+    return [
+        pytest.param(
+            name,
+            id=f"{name} ({family.reduced})" if family.reduced else name,
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec(family.library) is None,
+                reason=f"{family.library} is not installed",
+            ),
+        )
+        for name, family in families.items()
+    ]
 
 
 def planted_module(family: Family) -> nn.Module:

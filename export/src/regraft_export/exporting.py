@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -213,10 +214,12 @@ def _write(
             built = build(traced, what, wanted)
             weights.save(built.proto, FILES[name])
             model = model or built
+            gc.collect()  # graphs are cycles, and each holds all weights
         prepared, choices = prepare(traced), Choices(operators=options.operators)
         for name, cuda in CUDA_GRAPHS.items():
             if name in plan:
                 fused[cuda] = fuse(prepared, *plan[name], choices)
+                gc.collect()
         missing = why_not_fused(fused["model_cuda"], vit.layout.depth)
         if missing:
             fused.clear()  # no silent half-fusion

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 from tests.support import constants, graphs, models, pictures, traces
-from tests.support.families import SMALL, planted_module, units_of
+from tests.support.families import cases, planted_module, units_of
+from tests.support.small_families import SMALL
 
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft.redirect import RedirectOptions
@@ -16,7 +17,7 @@ from regraft_export.trace import trace
 from regraft_export.vit.structure import from_module
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", cases(SMALL))
 def test_the_fused_graph_gives_the_same_features(name: str) -> None:
     family = SMALL[name]
     size = (family.size, family.size)

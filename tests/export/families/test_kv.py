@@ -6,7 +6,8 @@ import onnx
 import pytest
 from tests.support import constants as support
 from tests.support import graphs, models, pictures, traces
-from tests.support.families import SMALL, planted_module, units_of
+from tests.support.families import planted_module, units_of
+from tests.support.small_families import SMALL
 
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft.redirect import RedirectOptions

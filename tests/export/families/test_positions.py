@@ -8,9 +8,10 @@ import pytest
 import timm
 import torch
 import transformers as tf
-from tests.support.families import SMALL, Family, dead_neurons, planted_module
+from tests.support.families import Family, cases, dead_neurons, planted_module
 from tests.support.handmade_vit import Attention, HandmadeVit
 from tests.support.models import livened
+from tests.support.small_families import SMALL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +24,7 @@ from regraft_export.vit.structure import VisionTransformer, from_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = (32, 32)
+ROTARY = [name for name, family in SMALL.items() if family.rotary]
 
 
 def tower(name: str) -> tuple[VisionTransformer, Family]:
@@ -31,7 +33,7 @@ def tower(name: str) -> tuple[VisionTransformer, Family]:
     return from_module(module, (family.size, family.size)), family
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", cases(SMALL))
 def test_with_a_register_that_no_token_sees_nothing_changes(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,7 +60,7 @@ def test_with_a_register_that_no_token_sees_nothing_changes(
         torch.testing.assert_close(more.hidden[layer][:, :T], tokens, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [n for n, f in SMALL.items() if f.rotary])
+@pytest.mark.parametrize("name", ROTARY)
 def test_rotary_tables_grow_by_rows_that_rotate_nothing(name: str) -> None:
     vit, family = tower(name)
     assert vit.rotary is not None
@@ -78,8 +80,9 @@ def test_rotary_tables_grow_by_rows_that_rotate_nothing(name: str) -> None:
         assert bool((sin == 0).all())
 
 
-def test_models_without_rotary_positions_have_no_tables() -> None:
-    assert all(tower(n)[0].rotary is None for n, f in SMALL.items() if not f.rotary)
+@pytest.mark.parametrize("name", cases({n: f for n, f in SMALL.items() if not f.rotary}))
+def test_models_without_rotary_positions_have_no_tables(name: str) -> None:
+    assert tower(name)[0].rotary is None
 
 
 def refusal(module: nn.Module, size: tuple[int, int] = SIZE) -> str:

@@ -12,8 +12,9 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 from tests.support import traces
-from tests.support.families import SMALL, Family, dead_neurons
+from tests.support.families import Family, cases, dead_neurons
 from tests.support.planting import flagged_pictures
+from tests.support.small_families import SMALL
 from tests.support.whole_path import Regraft, whole_path
 
 from regraft.redirect import RedirectOptions
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 HALF = ("open_clip", "timm_eva02", "timm_dinov3")
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", cases(SMALL))
 def test_from_finding_to_features(
     name: str, regraft: Regraft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

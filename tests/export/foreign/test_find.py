@@ -16,11 +16,12 @@ import pytest
 from PIL import Image
 from tests.support import models
 from tests.support.exporters import BATCH, dynamo, torchscript
-from tests.support.families import EXPORTED, Family, planted_module
+from tests.support.families import Family, planted_module
 from tests.support.foreign_files import REFUSALS, bad
 from tests.support.graphs import open_session
 from tests.support.pictures import warned
 from tests.support.planting import flagged_pictures, grey_levels, plant
+from tests.support.small_families import EXPORTED
 from torch import Tensor, nn
 
 from regraft.neurons import Neurons, RegisterNeuron

@@ -248,6 +248,20 @@ def test_a_mask_of_an_attention_is_dropped_where_it_reaches_every_key(
     assert len(graph.nodes[0].inputs) == 4 - dropped
 
 
+@pytest.mark.parametrize(("shape", "dropped"), [("tokens", 1), ("others", 0)])
+def test_a_computed_mask_reaches_every_key_where_its_length_has_their_name(
+    shape: str, dropped: int
+) -> None:
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": 24]>
+        g (float[batch, 2, tokens, 4] x) => (float[batch, 2, tokens, 4] out)
+        <bool[1] yes = {{1}}, bool[{shape}] mask>
+        {{ n = Shape<start = 2, end = 3>(x) mask = Expand(yes, n)
+           a = Attention(x, x, x, mask) out = Neg(a) }}"""
+    )
+    assert attentions(drop_neutral_mask(read(model))) == dropped
+
+
 def test_a_mask_of_an_attention_with_three_axes() -> None:
     for length, dropped in ((3, 1), (2, 0)):
         model = onnx.parser.parse_model(

@@ -22,6 +22,7 @@ def of(nodes: str) -> tuple[Bounds | None, onnx.ModelProto]:
         g (int64 n, float[n] x, bool[3] live) => (float[n] y)
         <int64 nought = {{0}}, int64 one = {{1}}, int64 two = {{2}}, int64 minus = {{-1}},
          float zero = {{0.0}}, float few = {{0.5}}, float least = {{-3.0e38}},
+         float odd = {{0.1}}, float half = {{-65504.0}}, float brain = {{-3.3895313892515355e38}},
          float under = {{-inf}}, int64[1] last = {{-1}}, bool[3] yes = {{1, 1, 1}},
          bool[3] mixed = {{1, 0, 1}}, float[3] ones = {{1, 1, 1}}, float[2] noughts = {{0, 0}},
          int64[2] shape = {{4, 3}}, int64 many = {{200}}, int8 byte = {{100}},
@@ -53,7 +54,13 @@ KNOWN = {
     "out = ConstantOfShape(shape)": ZERO,
     "out = Cast<to = 9>(zero)": FALSE,
     "out = Cast<to = 9>(few)": TRUE,
-    "out = Cast<to = 10>(few)": Bounds(-INF, INF),  # half precision rounds it to what it likes
+    "out = Cast<to = 10>(few)": Bounds(0.5, 0.5),
+    "out = Cast<to = 10>(odd)": Bounds(-INF, INF),  # half precision rounds it to what it likes
+    "out = Cast<to = 10>(least)": Bounds(-INF, INF),
+    # The least number of half precision, and of bfloat16.
+    "m = Not(yes) c = Cast<to = 10>(m) w = Cast<to = 10>(half) out = Mul(c, w)": ZERO,
+    "m = Not(yes) c = Cast<to = 1>(m) b = Cast<to = 16>(brain) w = Cast<to = 1>(b) "
+    "out = Mul(c, w)": ZERO,
     "out = Cast<to = 2>(many)": Bounds(200, 200),
     "c = Cast<to = 3>(one) out = Add(c, byte)": Bounds(101, 101),
     "out = Sub(full, bare)": Bounds(254, 254),
@@ -65,6 +72,8 @@ UNKNOWN = [
     "out = Mul(zero, under)",
     "out = Add(x, zero)",
     "m = Not(yes) c = Cast<to = 1>(m) out = Mul(c, under)",  # zero times infinity
+    "m = Not(yes) c = Cast<to = 10>(m) w = Cast<to = 10>(least) out = Mul(c, w)",  # likewise
+    "m = Not(yes) c = Cast<to = 10>(m) w = Cast<to = 10>(brain) out = Mul(c, w)",
     "r = Range(nought, n, minus) out = GreaterOrEqual(r, nought)",
     "r = Range(minus, n, one) out = GreaterOrEqual(r, nought)",
     "r = Range(nought, n, one) out = GreaterOrEqual(r, one)",

@@ -68,6 +68,16 @@ def tiny_g_reg(*, pretrained=True):
     )
 
 
+def dinov2_vitg14_of_depth_4(*, pretrained=True):
+    """For tests: all 40 blocks want more memory than many machines have."""
+    return _published("g", 0, pretrained, depth=4)
+
+
+def dinov2_vitg14_reg_of_depth_4(*, pretrained=True):
+    """Likewise, with trained registers."""
+    return _published("g", 4, pretrained, depth=4)
+
+
 def with_preprocessing():
     """An entry that brings its own preprocessing."""
     config = {"input_size": (3, 56, 56), "mean": (0.5,) * 3, "std": (0.25,) * 3}

@@ -20,6 +20,8 @@ from regraft_export.graph.shape_values import Elements, elements_of
 from regraft_export.onnx_file.view import View
 
 Shape = tuple[int, ...]
+_REFUSALS = (shape_inference.InferenceError, onnx.checker.ValidationError)
+_FLOAT, _BFLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16
 
 
 class Conflict(Exception):  # noqa: N818 - said of the sizes that were tried
@@ -107,13 +109,42 @@ def _infer(view: View, node: gs.Node, result: Shapes, versions: Mapping[str, int
         return
     schema = defs.get_schema(node.op, version, domain)
     try:
-        outputs = shape_inference.infer_node_outputs(schema, _proto(view, node), types, data)
-    except (shape_inference.InferenceError, onnx.checker.ValidationError) as error:
+        outputs = _outputs(schema, _proto(view, node), types, data)
+    except _REFUSALS as error:
         reason = str(error).strip().splitlines()[-1]
         raise Conflict(f"node {node.name!r} ({node.op}): {reason}") from None
     for value in node.outputs:
         if value.name in outputs:
             _record(value, outputs[value.name], result)
+
+
+def _outputs(
+    schema: defs.OpSchema,
+    node: onnx.NodeProto,
+    types: dict[str, TypeProto],
+    data: dict[str, onnx.TensorProto],
+) -> dict[str, TypeProto]:
+    """A node's outputs by ONNX's inference.
+
+    Exporters write bfloat16 for operators that take it from a later opset on (Conv: 22). Their
+    shapes are those of float32, so it stands in where inference refuses.
+    """
+    try:
+        return dict(shape_inference.infer_node_outputs(schema, node, types, data))
+    except _REFUSALS:
+        if all(kind.tensor_type.elem_type != _BFLOAT16 for kind in types.values()):
+            raise
+    wide = {name: _retyped(kind, _BFLOAT16, _FLOAT) for name, kind in types.items()}
+    found = shape_inference.infer_node_outputs(schema, node, wide, data)
+    return {name: _retyped(kind, _FLOAT, _BFLOAT16) for name, kind in found.items()}
+
+
+def _retyped(kind: TypeProto, old: int, new: int) -> TypeProto:
+    result = TypeProto()
+    result.CopyFrom(kind)
+    if result.tensor_type.elem_type == old:
+        result.tensor_type.elem_type = new
+    return result
 
 
 def _compute(node: gs.Node, known: list[Elements | None], result: Shapes) -> None:

@@ -112,7 +112,8 @@ def _lets_all_through(attention: gs.Node, opset: int) -> bool:
 
 
 def _equal(a: object, b: object) -> bool:
-    return isinstance(a, int) and isinstance(b, int) and a == b
+    """Lengths that are known and equal: dimensions of one name are."""
+    return isinstance(a, int | str) and a != "" and a == b
 
 
 def _never(where: gs.Node) -> bool:

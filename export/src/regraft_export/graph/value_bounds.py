@@ -134,11 +134,18 @@ def _as(given: Bounds, kind: np.dtype[np.generic]) -> Bounds | None:
         nothing, something = given.low == given.high == 0, given.low > 0 or given.high < 0
         return Bounds(float(something), float(not nothing), boolean=True)
     if kind.kind == "f" or kind.name == "bfloat16":
-        return _rounded(given.low, given.high)
+        return _held_by(kind, given)
     if kind.kind not in "iu" or not (_exact(given.low) and _exact(given.high)):
         return None
     width = np.iinfo(kind.name)  # beyond it, numbers wrap around
     return given if width.min <= given.low and given.high <= width.max else None
+
+
+def _held_by(kind: np.dtype[np.generic], given: Bounds) -> Bounds:
+    """Numbers in a floating-point type; those that it cannot hold may be anything beyond."""
+    with np.errstate(over="ignore"):
+        low, high = (float(np.float64(x).astype(kind)) for x in (given.low, given.high))
+    return Bounds(low if low == given.low else -inf, high if high == given.high else inf)
 
 
 def _rounded(low: float, high: float) -> Bounds:
