@@ -97,7 +97,11 @@ def converted(source: Path, path: Path, *, ends: bool, more: tuple[str, ...] = (
     return path
 
 
-@pytest.mark.parametrize("case", CASES, ids=named)
+# The converter looks at operators alone, so three of dynamo's say it for the others.
+CONVERTED = [case for case in CASES if case[1] == "torchscript" or case[2] in (18, 24)]
+
+
+@pytest.mark.parametrize("case", CONVERTED, ids=named)
 def test_a_converted_file_of_torch_s_exporters(case: Any, file: File, tmp_path: Path) -> None:
     vit, size = models.vit(case[0]), models.FAMILIES[case[0]].size
     path = converted(file(*case), tmp_path / "in.onnx", ends=True)
