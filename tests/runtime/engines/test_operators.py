@@ -86,6 +86,39 @@ def test_a_build_compiles_them_and_they_are_loaded_from_it(
         open_engine(graph, "ort-cuda", built=folder)
 
 
+def test_the_same_is_compiled_once_for_all_graphs(
+    nvcc: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = nvcc('[ -z "$out" ] && echo release 13 && exit; echo again >> "$0.runs"; date > "$out"')
+    folders = [tmp_path / name for name in ("model", "baseline", "others", "elsewhere")]
+    for folder in folders:
+        folder.mkdir()
+    first = compile_library(folders[0])
+    content = (folders[0] / LIBRARY).read_bytes()
+    shutil.rmtree(folders[0])  # a build that missed a limit
+    assert compile_library(folders[1]) == first
+    assert (folders[1] / LIBRARY).read_bytes() == content
+    runs = own.with_name("nvcc.runs")
+    assert runs.read_text() == "again\n"
+    # Other sources or another compiler give another library.
+    monkeypatch.setattr("regraft.engines.ort_cuda.operators.source_sha256", lambda: "0" * 64)
+    assert compile_library(folders[2])["sources"] == "0" * 64
+    assert runs.read_text() == "again\n" * 2
+    monkeypatch.setenv("NVCC", str(own.rename(tmp_path / "other")))
+    compile_library(folders[3])
+    assert own.with_name("other.runs").read_text() == "again\n"
+
+
+def test_what_failed_is_compiled_again(nvcc: Compiler, tmp_path: Path) -> None:
+    nvcc("exit 3")
+    with pytest.raises(EngineError, match="failed to compile"):
+        compile_library(tmp_path)
+    assert not (tmp_path / LIBRARY).exists()
+    nvcc('[ -z "$out" ] && exit; echo library > "$out"')
+    assert compile_library(tmp_path)["nvcc"] == ""
+    assert (tmp_path / LIBRARY).read_text() == "library\n"
+
+
 def test_other_sources_are_another_entry_of_the_cache(
     ort: Fake, graph: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

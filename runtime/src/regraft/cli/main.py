@@ -16,11 +16,10 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from types import FrameType
 from typing import NoReturn
 
 from regraft import __version__
+from regraft.cli.signals import unwinding
 from regraft.cli.table import Command, all_commands, find_command, module_of
 from regraft.errors import RegraftError
 
@@ -38,11 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    with _signals() as seen:
+    with unwinding() as seen:
         try:
             with _warnings_in_one_line():
                 code = _dispatch(words)
                 sys.stdout.flush()
+                seen.settle()
             return code
         except KeyboardInterrupt:
             return _interrupted()
@@ -147,48 +147,6 @@ def _add_traceback(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--traceback", action="store_true", help="show where in the code an error arose"
     )
-
-
-@dataclass
-class _Seen:
-    """Whether Ctrl-C came: code that is interrupted may answer with an error of its own."""
-
-    interrupt: bool = False
-
-
-@contextmanager
-def _signals() -> Iterator[_Seen]:
-    """Lets Ctrl-C, SIGTERM (`docker stop`) and SIGHUP (a lost terminal) unwind the stack, so that
-    outputs are whole or none.
-
-    Ctrl-C is also noted: an import of compiled code that is interrupted fails with an ImportError.
-    """
-    seen = _Seen()
-
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        seen.interrupt = True
-        raise KeyboardInterrupt
-
-    def terminate(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    wanted = {signal.SIGINT: interrupt, signal.SIGTERM: terminate}
-    if hasattr(signal, "SIGHUP"):  # not on Windows
-        wanted[signal.SIGHUP] = terminate
-    before = {}
-    try:
-        for number, handler in wanted.items():
-            # Ctrl-C that somebody switched off (nohup, a shell's background job) stays off.
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, handler)
-    except ValueError:  # not the main thread: whoever owns the process decides
-        yield seen
-        return
-    try:
-        yield seen
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 @contextmanager

@@ -225,6 +225,20 @@ def test_a_constant_is_repeated_without_a_computed_shape(nodes: str) -> None:
     np.testing.assert_array_equal(values(graph), before)
 
 
+def test_arithmetic_in_integers_is_followed_exactly() -> None:
+    nodes = """sh = Shape(x) n = Slice(sh, zero, one) d = Slice(sh, two, three)
+    half = Div(d, two) pairs = Mul(half, two) t = Slice(sh, one, two)
+    s = Concat<axis = 0>(n, t, two, half) u = Reshape(x, s) v = Neg(u)
+    r = Concat<axis = 0>(n, t, pairs) y = Reshape(v, r)"""
+    numbers = {name: np.array([i]) for i, name in enumerate(("zero", "one", "two", "three"))}
+    before, graph = run(model(nodes, **numbers)), model(nodes, **numbers)
+    assert fix_shapes(graph, known({"x": ("b", T, D)})) == 2
+    assert ops(graph) == {"Reshape": 2, "Neg": 1}
+    targets = [n.inputs[1].values.tolist() for n in graph.nodes if n.op == "Reshape"]
+    assert targets == [[-1, T, 2, D // 2], [-1, T, D]]
+    np.testing.assert_array_equal(run(graph), before)
+
+
 @pytest.mark.parametrize(
     ("nodes", "shapes"),
     [
@@ -235,6 +249,11 @@ def test_a_constant_is_repeated_without_a_computed_shape(nodes: str) -> None:
         # Arithmetic in floats is left out of the computation.
         (
             "sh = Shape(x) f = Cast<to = 1>(sh) i = Cast<to = 7>(f) y = Reshape(x, i)",
+            {"x": ("b", T, D)},
+        ),
+        (
+            """sh = Shape(x) f = Cast<to = 1>(sh) g = Mul(f, half) i = Cast<to = 7>(g)
+            y = Reshape(x, i)""",
             {"x": ("b", T, D)},
         ),
         # Two lengths depend on the batch; one -1 cannot stand for both.
@@ -249,7 +268,7 @@ def test_shapes_that_are_not_known_are_left(
     nodes: str, shapes: dict[str, tuple[object, ...]]
 ) -> None:
     nodes = nodes.replace("two = Concat", "n = Slice(sh, zero, one) two = Concat")
-    graph = model(nodes, zero=np.array([0]), one=np.array([1]))
+    graph = model(nodes, zero=np.array([0]), one=np.array([1]), half=np.array(0.5, np.float32))
     assert fix_shapes(graph, known(shapes or {"other": ("b", T, D)})) == 0
 
 

@@ -22,6 +22,10 @@ _SOURCES = Path(__file__).parent
 # Ampere, and Hopper with its intermediate code, which later cards compile when they load it.
 _CARDS = ("arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]")
 
+# (nvcc, sources) -> library, and what nvcc says of itself: a build needs it once for each graph,
+# and compiling takes 20 s. In memory, for what was compiled may be thrown away with its folder.
+_compiled: dict[tuple[str, str], tuple[bytes, str]] = {}
+
 
 def needs_operators(graph: Path) -> bool:
     """Whether a graph holds operators of regraft's own, by its name."""
@@ -37,7 +41,7 @@ def source_sha256() -> str:
 
 
 def compile_library(folder: Path) -> dict[str, str]:
-    """Compiles the operators into a folder.
+    """Compiles the operators into a folder; the same once in a process.
 
     Args:
         folder: gets :data:`LIBRARY`; nvcc puts what it needs meanwhile there, too.
@@ -55,6 +59,15 @@ def compile_library(folder: Path) -> dict[str, str]:
             "compile them with; install the CUDA toolkit (12 or 13), or set NVCC to its nvcc, or "
             "export without --cuda-operators"
         )
+    sources = source_sha256()
+    if (nvcc, sources) not in _compiled:
+        _compiled[nvcc, sources] = _compile(nvcc, folder)
+    content, version = _compiled[nvcc, sources]
+    (folder / LIBRARY).write_bytes(content)
+    return {"sources": sources, "nvcc": version}
+
+
+def _compile(nvcc: str, folder: Path) -> tuple[bytes, str]:
     library = folder / LIBRARY
     words = [nvcc, "-O3", "-std=c++17", "-shared", "-cudart", "static"]
     words += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
@@ -67,7 +80,7 @@ def compile_library(folder: Path) -> dict[str, str]:
         telling = [line for line in lines if "error" in line or "fatal" in line] or lines[-1:]
         raise EngineError(f"ort-cuda: {nvcc} failed to compile the CUDA operators: {telling[0]}")
     version = _run([nvcc, "--version"], folder).stdout.strip().splitlines()[-1:] or [""]
-    return {"sources": source_sha256(), "nvcc": version[0]}
+    return library.read_bytes(), version[0]
 
 
 def _run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
