@@ -1,8 +1,8 @@
 """The table and the picture of what ``benchmarks.cuda_overhead`` measured.
 
 Run as ``python -m benchmarks.cuda_plot``; needs no card. Over the unpatched graph stand, for each
-model, its settings and batch size, the redirect, its variant without a reduction, both also with
-regraft's own operators, and the paper taken literally.
+model, its settings and batch size, the redirect, its form without a reduction, both also with
+regraft's own operators, the variant kv, and the paper taken literally.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ RIVALS = {
     "literal": "#9aa5b1",
     "patched": "#2563eb",
     "patched, operators": "#93b4f5",
+    "variant kv": "#b45309",
     "constant": "#0f766e",
     "constant, operators": "#7fd1c4",
 }
@@ -80,7 +81,7 @@ def _plot(cells: list[dict[str, Any]], path: Path) -> None:
         bars.keys(),
         fontsize=7,
         frameon=False,
-        ncols=5,
+        ncols=len(RIVALS),
         loc="outside lower center",
     )
     devices = dict.fromkeys(c["engine"]["device"] for p in panels.values() for c in p)
