@@ -273,7 +273,7 @@ def _expect_operators(fused: Mapping[str, Fused], missing: str) -> None:
     if not fused["model_cuda"].fusions.operators:
         raise InputError(
             "--cuda-operators: none of them fits: they do one register's strongest values or "
-            "constants, and packed SwiGLU; export without"
+            "constants (the variant kv has no register), and packed SwiGLU; export without"
         )
 
 

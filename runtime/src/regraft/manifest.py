@@ -362,13 +362,18 @@ def _shape(name: str, value: object) -> tuple[int | str, ...]:
     )
 
 
+_COUNTED_LATER = ("operators", "constants")  # bundles of schema 2 were written without, at first
+
+
 def _fusions(value: Any) -> CudaFusions | None:
     if value is None or "missing" in value:
         return None
     found: dict[str, Any] = {}
     for f in fields(CudaFusions):
         read = _truth if isinstance(f.default, bool) else integer
-        found[f.name] = read(f"cuda.{f.name}", value[f.name])
+        found[f.name] = read(
+            f"cuda.{f.name}", value.get(f.name, 0) if f.name in _COUNTED_LATER else value[f.name]
+        )
     return CudaFusions(**found)
 
 

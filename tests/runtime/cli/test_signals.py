@@ -51,6 +51,20 @@ def test_a_signal_waits_until_the_import_is_done(
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+def test_the_callers_alarm_is_left_alone() -> None:
+    rang: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, _: rang.append(number))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 60)
+        with unwinding():
+            signal.raise_signal(signal.SIGALRM)
+        assert rang == [signal.SIGALRM]
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 50
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_outside_of_imports_it_comes_at_once() -> None:
     with unwinding(), pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)

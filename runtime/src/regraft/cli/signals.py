@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 _LONGEST = 10.0  # seconds that an import, such as a module of the user's, can put a signal off
 _AGAIN = 0.05  # seconds until it is looked whether the import is done
@@ -27,6 +28,8 @@ class Signals:
 
     interrupt = False
     _waiting: int | None = None
+    _alarm: Any = None  # the handler that was there before
+    _armed = False
     _since = 0.0
 
     def settle(self) -> None:
@@ -42,6 +45,13 @@ class Signals:
         if number is not None:
             raise SystemExit(128 + number)
 
+    def disarm(self) -> None:
+        """Gives the alarm back, if it was taken."""
+        if self._armed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            _restore(signal.SIGALRM, self._alarm)
+            self._armed = False
+
     def _came(self, number: int, frame: FrameType | None) -> None:
         self.interrupt |= number == signal.SIGINT
         if self._waiting is None:
@@ -52,7 +62,10 @@ class Signals:
     def _look(self, number: int, frame: FrameType | None) -> None:
         early = time.monotonic() - self._since < _LONGEST
         if early and hasattr(signal, "setitimer") and _importing(frame):  # Windows has none
-            # A thread that waits would need locks, which the interrupted code may hold.
+            # A thread that waits would need locks, which the interrupted code may hold. The alarm
+            # is taken only now, when the program is about to end: it may be the caller's.
+            if not self._armed:
+                self._alarm, self._armed = signal.signal(signal.SIGALRM, self._look), True
             signal.setitimer(signal.ITIMER_REAL, _AGAIN)
         else:
             self.settle()
@@ -70,18 +83,20 @@ def unwinding() -> Iterator[Signals]:
             # Ctrl-C that somebody switched off (nohup, a shell's background job) stays off.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, seen._came)
-        if hasattr(signal, "SIGALRM"):
-            before[signal.SIGALRM] = signal.signal(signal.SIGALRM, seen._look)
     except ValueError:  # not the main thread: whoever owns the process decides
         yield seen
         return
     try:
         yield seen
     finally:
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        seen.disarm()
         for number, old in before.items():
-            signal.signal(number, old)
+            _restore(number, old)
+
+
+def _restore(number: int, handler: Any) -> None:
+    if handler is not None:  # None: it was not set from Python, and cannot be
+        signal.signal(number, handler)
 
 
 def _importing(frame: FrameType | None) -> bool:

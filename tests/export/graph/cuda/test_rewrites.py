@@ -256,6 +256,17 @@ def test_arithmetic_in_integers_is_followed_exactly() -> None:
             y = Reshape(x, i)""",
             {"x": ("b", T, D)},
         ),
+        # Tile would multiply both rows.
+        (
+            "sh = Shape<start = 0, end = 1>(x) n = Concat<axis = 0>(sh, one, one) "
+            "c = Tile(rows, n) r = ReduceSum<keepdims = 0>(c) y = Add(r, x)",
+            {"x": ("b", T, D)},
+        ),
+        # Rounded, the same for few images and not for many.
+        (
+            "sh = Shape(x) m = Add(sh, two_) k = Div(m, four) y = Reshape(x, k)",
+            {"x": ("b", T, D)},
+        ),
         # Two lengths depend on the batch; one -1 cannot stand for both.
         ("sh = Shape(x) two = Concat<axis = 0>(n, n) u = Reshape(x, two) y = Add(x, x)", {}),
         (

@@ -1,7 +1,7 @@
 """Rewrite: shapes that a graph computes, though all but the batch is known, become constants.
 
 ONNX Runtime computes shapes on the CPU, which ``ort-cuda`` does not allow. Every tensor's shape is
-known here for each number of images, and two numbers show what depends on it::
+known here for each number of images, and some numbers show what depends on it::
 
     x -> Shape -> Slice, Concat -> Reshape's target         becomes a constant, with -1 for images
     c -> Tile or Expand to the number of images             becomes c -> Expand (Shape (images))
@@ -21,7 +21,7 @@ from regraft_export.graph.cuda.layout import compute, is_neutral
 from regraft_export.graph.document import Editor, ancestors
 
 Shapes = Mapping[str, tuple[object, ...]]
-BATCHES = (2, 3)  # numbers of images
+BATCHES = (2, 3, 67)  # numbers of images; far apart, for what rounds
 _ARITHMETIC = (
     *("Shape", "Slice", "Concat", "Gather", "Cast", "Squeeze", "Unsqueeze", "Reshape"),
     *("Add", "Sub", "Mul", "Div", "Identity"),
@@ -47,15 +47,17 @@ def fix_shapes(graph: gs.Graph, shapes: Mapping[int, Shapes]) -> int:
         found = [_value(graph, node.inputs[1], shapes[batch]) for batch in BATCHES]
         if any(value is None for value in found):
             continue
-        two, three = (np.asarray(value, np.int64).reshape(-1) for value in found)
-        differs = np.flatnonzero(two != three)
-        if node.op == "Reshape" and len(differs) <= 1 and not (two == -1)[differs].any():
-            target = two.copy()
+        values = [np.asarray(value, np.int64).reshape(-1) for value in found]
+        if len({len(value) for value in values}) != 1:
+            continue
+        differs = np.flatnonzero(np.ptp(values, axis=0))
+        if node.op == "Reshape" and len(differs) <= 1 and not any(-1 in v[differs] for v in values):
+            target = values[0].copy()
             target[differs] = -1
             if (target == -1).sum() <= 1:
                 node.inputs[1] = Editor(graph).constant(f"{node.name}.known", target)
                 done += 1
-        elif two.tolist() == [2, 1, 1] and three.tolist() == [3, 1, 1]:
+        elif node.op != "Reshape" and _once_an_image(node, values, shapes):
             node.op = "Expand"
             node.inputs[1] = images_shape(graph)
             done += 1
@@ -81,6 +83,17 @@ def _value(graph: gs.Graph, target: gs.Tensor, shapes: Shapes) -> NDArray[np.gen
             return None
         given[value.name] = np.zeros([int(str(n)) for n in lengths], np.float32)
     return compute(graph, nodes, target, given)
+
+
+def _once_an_image(
+    node: gs.Node, values: list[NDArray[np.int64]], shapes: Mapping[int, Shapes]
+) -> bool:
+    """Whether (B, 1, 1) repeats one row for each image; Tile would multiply more rows."""
+    if [value.tolist() for value in values] != [[images, 1, 1] for images in BATCHES]:
+        return False
+    row = node.inputs[0]
+    known = row.values.shape if isinstance(row, gs.Constant) else shapes[BATCHES[0]].get(row.name)
+    return node.op == "Expand" or (known is not None and len(known) == 3 and known[0] == 1)
 
 
 def images_shape(graph: gs.Graph) -> gs.Variable:

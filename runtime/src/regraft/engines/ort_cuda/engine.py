@@ -165,6 +165,7 @@ class OrtCudaEngine(Engine):
         self, ort: Any, graph: Path, options: EngineOptions, said: str
     ) -> tuple[tuple[int, int], dict[str, Shape]]:
         cuda = Cuda(engine=self.name)
+        session: Any = None
         stream = cuda.stream()
         try:
             session = _session(ort, graph, int(stream), options, self._library(graph))
@@ -177,6 +178,7 @@ class OrtCudaEngine(Engine):
             size, outputs = _ports(session, graph)
             parts = parts_of(session.get_modelmeta().custom_metadata_map, outputs)
         except BaseException:
+            session = None  # before the stream it runs on
             cuda.release("cudaStreamDestroy", stream)
             raise
         inner = {name: tuple(int(n) for n in shape[1:]) for name, shape in outputs.items()}
