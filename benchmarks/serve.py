@@ -79,7 +79,7 @@ def main() -> None:
         bundle = args.bundle or _export(Path(folder) / "bundle")
         result = {
             **circumstances("benchmarks.serve"),
-            "model": f"timm {_MODEL}, random weights",
+            "model": _model_of(args.bundle),
             "threads": args.threads,
             "max_batch": args.max_batch,
             "aims": AIMS,
@@ -106,6 +106,13 @@ def _export(out: Path) -> Path:
         ExportOptions(),
     )
     return out
+
+
+def _model_of(bundle: Path | None) -> str:
+    """The model that is served; the own one is exported from this file, whose path says nothing."""
+    if bundle is None:
+        return f"timm {_MODEL}, random weights"
+    return Bundle.open(bundle, verify_hashes=False).manifest.model["source"]
 
 
 def _words(bundle: Path, args: argparse.Namespace) -> list[str]:

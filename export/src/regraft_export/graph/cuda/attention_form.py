@@ -118,7 +118,7 @@ def _projection(
     """Reads one side, and the scalar factors on its way; ``order`` brings it to (B, H, T, d)."""
     chain, (heads, tokens) = chain_to(end), size
     merge = tuple(order[i] for i in (0, 2, 1, 3))
-    product, bias = _linear(chain.source)
+    product, bias = linear_at(chain.source)
     if product is None:
         return _nonlinear(graph, chain, size, order, shapes) or (Projection(end, merge), 1.0)
     weight = product.inputs[1].values
@@ -163,8 +163,11 @@ def _nonlinear(
     return None
 
 
-def _linear(value: gs.Tensor) -> tuple[gs.Node | None, gs.Constant | None]:
-    """The MatMul by a constant matrix behind a value, and the bias that was added to it."""
+def linear_at(value: gs.Tensor) -> tuple[gs.Node | None, gs.Constant | None]:
+    """The MatMul by a constant matrix behind a value, and the bias (N,) that was added to it.
+
+    None and None for anything else.
+    """
     node = value.inputs[0] if value.inputs else None
     bias = None
     if node is not None and node.op == "Add":

@@ -167,9 +167,9 @@ def fuse_built(
     patches, entered = _enter(graph, traced, choices)
     attentions, left = fuse_attention(graph, layout.heads, tokens, shapes)
     fix_shapes(graph, {images: inferred_shapes(proto, images) for images in BATCHES})
-    # Left out where attentions stay unfused: such a graph is not used.
-    known = constants is not None and attentions == layout.depth
-    seen = join_constants(graph, constants) if constants is not None and known else 0
+    seen = 0
+    if constants is not None and attentions == layout.depth:  # else the graph is not used
+        seen = join_constants(graph, constants)
     keys = drop_key_bias(graph) if choices.biases else 0
     values = move_value_bias(graph) if choices.biases else 0
     gates = gate_by_operator(graph, tokens, shapes) if choices.operators else 0

@@ -19,6 +19,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from regraft.tokens import TokenLayout
+from regraft_export.graph.cuda.attention_form import linear_at
 from regraft_export.graph.cuda.layout import BATCH, chain_to, indices_of
 from regraft_export.graph.document import Editor, consumers
 
@@ -127,14 +128,11 @@ def _product_at(value: gs.Variable) -> _Product | None:
         if bias is not None and bias.shape != weight.shape[1:]:
             return None
         return _Product(node.inputs[0], weight, bias)
-    bias = _vector(node) if node.op == "Add" else None
-    if bias is not None:
-        inner = next(t for t in node.inputs if isinstance(t, gs.Variable))
-        node = inner.inputs[0] if inner.inputs else None
-    if node is None or node.op != "MatMul" or not isinstance(node.inputs[1], gs.Constant):
+    product, added = linear_at(value)
+    if product is None:
         return None
-    weight = node.inputs[1].values
-    return _Product(node.inputs[0], weight, bias) if weight.ndim == 2 else None
+    bias = None if added is None else added.values
+    return _Product(product.inputs[0], product.inputs[1].values, bias)
 
 
 def _vector(add: gs.Node) -> NDArray[np.generic] | None:
