@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from benchmarks.literal import literal_graph
 from regraft.engines import Engine, EngineOptions, open_engine
 from regraft.engines.ort_cuda.engine import OrtCudaEngine
-from regraft.engines.ort_cuda.operators import LIBRARY, SUFFIX, compile_library
+from regraft.engines.ort_cuda.operators import PRODUCTS, SUFFIX
 from regraft.neurons import Neurons
 from regraft.parity import LIMITS
 from regraft.redirect import RedirectOptions
@@ -91,9 +91,11 @@ def open_cuda(folder: Path, name: str, precision: str) -> Engine:
     with_operators = folder / f"{name}{SUFFIX}"
     if not with_operators.exists():
         return OrtCudaEngine(folder / f"{name}.cuda.onnx", precision, EngineOptions())
-    if not (folder / LIBRARY).exists():
-        compile_library(folder)
-    return OrtCudaEngine(with_operators, precision, EngineOptions(), folder)
+    built = folder / f"{name} {precision}"  # where the products of this graph were timed
+    if not (built / PRODUCTS).exists():
+        built.mkdir(exist_ok=True)
+        OrtCudaEngine.build(with_operators, precision, {}, built, lambda *_: None)
+    return OrtCudaEngine(with_operators, precision, EngineOptions(), built)
 
 
 def expect_equal(

@@ -52,7 +52,7 @@ from regraft_export.vit.structure import VisionTransformer
 
 KV = "variant kv"
 OWN = Choices(operators=True)
-OWN_BASELINE = "baseline, operators"  # a file of its own where the model has gates
+OWN_BASELINE = "baseline, operators"  # where an operator fits
 FORMS = {
     BASELINE: Form(None),
     "patched": Form(PER_NEURON),
@@ -149,8 +149,8 @@ class _Cell:
         rivals: dict[str, Rival] = {}
         with ExitStack() as stack, torch.no_grad():
             right |= {BASELINE: plain, OWN_BASELINE: plain}
-            gated = (self.folder / f"{OWN_BASELINE}{SUFFIX}").exists()
-            names = [name for name in FORMS if gated or name != OWN_BASELINE]
+            fits = (self.folder / f"{OWN_BASELINE}{SUFFIX}").exists()
+            names = [name for name in FORMS if fits or name != OWN_BASELINE]
             for name in [*names, *(["literal"] if self.args.literal else [])]:
                 self._add(rivals, name, partial(self._graph, stack, name, right))
             dtype = DTYPES[self.args.precision]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,6 +13,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+import torch
 from numpy.typing import NDArray
 from tests.support import bundles, constants, graphs, models, pictures
 from tests.support.families import cases, planted_module, units_of
@@ -22,7 +24,14 @@ from regraft.building import build, plan
 from regraft.bundle import Bundle
 from regraft.engines import Engine, EngineOptions, open_engine
 from regraft.engines.cuda_runtime import Cuda
-from regraft.engines.ort_cuda.operators import LIBRARY, SUFFIX, compile_library, needs_operators
+from regraft.engines.ort_cuda.operators import (
+    LIBRARY,
+    PRODUCTS,
+    SUFFIX,
+    compile_library,
+    needs_operators,
+    timed_products,
+)
 from regraft.errors import GateError
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft.parity import LIMITS, Meter
@@ -65,8 +74,7 @@ def built(request: pytest.FixtureRequest, tmp_path: Path) -> Bundle:
     found, reports = build(bundle, planned, bundles.batches(), reference())
     assert found.passed
     assert {report["graph"] for report in reports.values()} == {
-        "model.operators.cuda.onnx" if own else "model.cuda.onnx",
-        "baseline.cuda.onnx",
+        f"{graph}{SUFFIX if own else '.cuda.onnx'}" for graph in ("model", "baseline")
     }
     return bundle
 
@@ -132,10 +140,9 @@ def test_every_family_equals_the_cpu(name: str, precision: str, own: bool, tmp_p
         fused = fuse(traced, patch, Wanted(), Choices(operators=own))
         file = tmp_path / f"model{SUFFIX if fused.fusions.operators else '.cuda.onnx'}"
         file.write_bytes(fused.proto.SerializeToString())
-        if needs_operators(file):
+        assert needs_operators(file) == own
+        if own:
             compile_library(tmp_path)
-        elif own and patch is not token:
-            continue  # the same as without
         with open_engine(file, "ort-cuda", precision=precision, built=tmp_path) as engine:
             for _ in range(3):  # as it is, recorded, replayed
                 assert_equal(engine.run(pixels), right, precision)
@@ -275,3 +282,66 @@ def test_operators_of_any_size(
     np.testing.assert_allclose(
         w, opened / (1 + np.exp(-opened)) * opened, rtol=2 * limit, atol=2 * limit
     )
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "inner", "columns"),
+    [(1, 197, 768, 3072), (3, 1371, 1536, 384), (65, 5, 64, 40), (2, 258, 8, 1104)],
+)
+def test_products_and_gelus_of_any_size(
+    kind: str, batch: int, tokens: int, inner: int, columns: int, tmp_path: Path
+) -> None:
+    """Against numpy: as they come, timed, and as another library reads what was chosen."""
+    number = {"fp32": 1, "fp16": 10, "bf16": 16}[kind]
+    proto = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["" : 20, "regraft" : 1]>
+        g (float[b, {tokens}, {inner}] h) => (float[b, {tokens}, {columns}] y,
+           float[b, {tokens}, {columns}] z, float[b, {tokens}, {columns}] g) {{
+          x = Cast<to = {number}>(h) w = Cast<to = {number}>(weight) c = Cast<to = {number}>(bias)
+          one = regraft.Product_{kind}(x, w) two = regraft.BiasedProduct_{kind}(x, w, c)
+          three = regraft.BiasedGelu_{kind}(one, c)
+          y = Cast<to = 1>(one) z = Cast<to = 1>(two) g = Cast<to = 1>(three) }}"""
+    )
+    rng = np.random.default_rng(tokens)
+    h, weight, bias = (
+        rng.integers(-8, 9, size).astype(np.float32) / 32  # exact in all types
+        for size in ((batch, tokens, inner), (inner, columns), columns)
+    )
+    for name, value in (("weight", weight), ("bias", bias)):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    ort = importlib.import_module("onnxruntime")
+    ort.preload_dlls()
+    y = h @ weight
+    z = torch.nn.functional.gelu(torch.from_numpy(y + bias)).numpy()
+    limit = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1.6e-2}[kind]
+
+    def run(folder: Path) -> list[NDArray[np.float32]]:
+        settings = ort.SessionOptions()
+        settings.register_custom_ops_library(str(folder / LIBRARY))
+        session = ort.InferenceSession(
+            proto.SerializeToString(), settings, providers=["CUDAExecutionProvider"]
+        )
+        found = session.run(["y", "z", "g"], {"h": h})
+        for got, right in zip(found, (y, y + bias, z), strict=True):
+            scale = float(np.abs(right).max())
+            np.testing.assert_allclose(got, right, rtol=limit, atol=limit * scale)
+        return list(found)
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        compile_library(folder)
+    run(first)
+    with timed_products(first):
+        timed = run(first)
+    lines = (first / PRODUCTS).read_text().splitlines()
+    assert len(lines) == 3  # cuBLASLt's version, with a bias and without
+    shutil.copy(first / PRODUCTS, second)
+    for got, expected in zip(run(second), timed, strict=True):
+        np.testing.assert_array_equal(got, expected)
+    (second / PRODUCTS).write_text("cublasLt 1\n")
+    third = tmp_path / "third"
+    shutil.copytree(second, third)
+    with pytest.raises(Exception, match=r"chosen with cuBLASLt 1, and this is .*build again"):
+        run(third)

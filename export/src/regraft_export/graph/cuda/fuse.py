@@ -33,6 +33,7 @@ from regraft_export.graph.cuda.maximum import maximum_by_topk
 from regraft_export.graph.cuda.move_value_bias import move_value_bias
 from regraft_export.graph.cuda.patch_matmul import patch_matmul
 from regraft_export.graph.cuda.place_register_row import place_register_row
+from regraft_export.graph.cuda.product_operator import gelus_by_operator, products_by_operator
 from regraft_export.graph.cuda.redirect_operator import DOMAIN as OWN_DOMAIN
 from regraft_export.graph.cuda.redirect_operator import redirect_by_operator
 from regraft_export.graph.cuda.widen_hidden import widen_hidden
@@ -172,16 +173,19 @@ def fuse_built(
         seen = join_constants(graph, constants)
     keys = drop_key_bias(graph) if choices.biases else 0
     values = move_value_bias(graph) if choices.biases else 0
-    gates = gate_by_operator(graph, tokens, shapes) if choices.operators else 0
-    own = redirect_by_operator(graph, tokens, layout.width) if choices.operators else 0
+    own = gate_by_operator(graph, tokens, shapes) if choices.operators else 0
+    written = redirect_by_operator(graph, tokens, layout.width) if choices.operators else 0
+    own += written
     graph.cleanup()
-    placed = own + _redirect(graph, choices, (tokens, layout.width), shapes)
+    placed = written + _redirect(graph, choices, (tokens, layout.width), shapes)
     parts = leave_whole(graph, tokens) if choices.whole else {}
     gelus = fuse_bias_gelu(graph)
     graph.cleanup()  # what the rewrites above left unread must not count as a reader
     norms = fuse_skip_norm(graph, shapes)
+    if choices.operators:
+        own += products_by_operator(graph, shapes) + gelus_by_operator(graph, shapes)
     float32_for_missing_kernels(graph)
-    domains = [DOMAIN, OWN_DOMAIN] if own + gates else [DOMAIN]
+    domains = [DOMAIN, OWN_DOMAIN] if own else [DOMAIN]
     imports = [onnx.helper.make_opsetid(domain, 1) for domain in domains]
     graph.import_domains = [*(graph.import_domains or []), *imports]
     # Shapes that are known are kept: without them ONNX Runtime does not reuse a buffer in place.
@@ -202,7 +206,7 @@ def fuse_built(
         redirects=placed,
         constants=seen,
         shape_nodes=_shape_nodes(proto),
-        operators=own + gates,
+        operators=own,
     )
     return Fused(proto, fusions, left)
 

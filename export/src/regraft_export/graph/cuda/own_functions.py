@@ -39,6 +39,12 @@ _BODIES = {
         "open = Mul (gate, part)\n"
         "y = Mul (open, value)\n",
     ),
+    "Product": ("(x, weight) => (y)", "y = MatMul (x, weight)\n"),
+    "BiasedProduct": (
+        "(x, weight, bias) => (y)",
+        "product = MatMul (x, weight)\ny = Add (product, bias)\n",
+    ),
+    "BiasedGelu": ("(x, bias) => (y)", "sum = Add (x, bias)\ny = Gelu (sum)\n"),
 }
 
 

@@ -23,8 +23,9 @@ from regraft.engines.ort_cuda.operators import (
     compile_library,
     needs_operators,
     source_sha256,
+    timed_products,
 )
-from regraft.engines.ort_cuda.runner import NO_MEMORY, Runner
+from regraft.engines.ort_cuda.runner import NO_MEMORY, SIZES, Runner
 from regraft.engines.parts import parts_of, shapes_of
 from regraft.errors import EngineError, how_to_install
 from regraft.manifest import INPUT
@@ -128,6 +129,7 @@ class OrtCudaEngine(Engine):
             progress("compiling CUDA operators", 0, 1)
             operators = {"operators": compile_library(folder)}
             progress("compiling CUDA operators", 1, 1)
+            cls._time_products(graph, precision, folder, progress)
         progress(f"warming {graph.name}", 0, 1)
         with cls(graph, precision, EngineOptions(), folder) as engine:
             pixels = np.zeros((1, 3, *engine.size), np.float32)
@@ -142,6 +144,31 @@ class OrtCudaEngine(Engine):
             "precision": precision,
             **operators,
         }
+
+    @classmethod
+    def _time_products(
+        cls, graph: Path, precision: str, folder: Path, progress: BuildProgress
+    ) -> None:
+        """Runs every batch that is executed once, without CUDA graphs, which cannot be timed in."""
+        drawn = np.random.default_rng(0)
+        with (
+            timed_products(folder),
+            cls(graph, precision, EngineOptions(optimize=False), folder) as engine,
+        ):
+            for done, size in enumerate(SIZES):
+                progress("timing products", done, len(SIZES))
+                try:
+                    engine.run(drawn.normal(size=(size, 3, *engine.size)).astype(np.float32))
+                except EngineError as error:
+                    if done == 0 or not any(sign in str(error).lower() for sign in NO_MEMORY):
+                        raise
+                    _log.warning(
+                        "ort-cuda: the card has too little free memory for batches of %d; their "
+                        "products are not timed",
+                        size,
+                    )
+                    break
+        progress("timing products", len(SIZES), len(SIZES))
 
     def _open(
         self, graph: Path, options: EngineOptions

@@ -24,6 +24,7 @@ from regraft.engines.parts import Part
 from regraft.manifest import INPUT
 
 LARGEST = 64  # images in one run; a larger batch is cut into pieces
+SIZES = buckets(1, LARGEST)  # the batches that are executed
 _SLOTS = 2  # of each bucket
 _SKIP = "-1"  # the annotation that neither records nor replays
 # What CUDA and ONNX Runtime say when the card is full.
@@ -71,7 +72,7 @@ class Runner:
         """
         self._session, self._ort, self._cuda = session, ort, cuda
         self._inner, self._parts, self.graphs = dict(inner), dict(parts or {}), graphs
-        self.sizes = buckets(1, LARGEST)
+        self.sizes = SIZES
         self._slots: dict[int, list[Slot]] = {}
         self._most = _SLOTS
         with ExitStack() as stack:

@@ -1,22 +1,28 @@
 """regraft's own CUDA operators: the library that graphs with ``.operators.cuda.onnx`` need.
 
-They do in one kernel what ONNX Runtime needs several for (see ``operators.cu``). Their sources ship
-with the package; ``regraft build --engine ort-cuda`` compiles them with nvcc and keeps the library
-beside its verdict in the engine cache, so that what is loaded is what was verified.
+They do in one kernel what ONNX Runtime needs several for, and products with the algorithm that is
+fastest on the card (see ``operators.cu``). Their sources ship with the package; ``regraft build
+--engine ort-cuda`` compiles them with nvcc, times the products (:func:`timed_products`) and keeps
+both beside its verdict in the engine cache, so that what is loaded is what was verified.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from regraft.errors import EngineError
 
 SUFFIX = ".operators.cuda.onnx"
 LIBRARY = "libregraft_operators.so"
+PRODUCTS = "products.txt"  # beside the library, which reads it
 LEAST_CAPABILITY = 80  # of the card
 _SOURCES = Path(__file__).parent
 # Ampere, and Hopper with its intermediate code, which later cards compile when they load it.
@@ -72,7 +78,8 @@ def _compile(nvcc: str, folder: Path) -> tuple[bytes, str]:
     words = [nvcc, "-O3", "-std=c++17", "-shared", "-cudart", "static"]
     words += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
     words += [word for card in _CARDS for word in ("-gencode", card)]
-    words += [str(_SOURCES / "operators.cu"), "-o", str(library)]
+    words += _cublas_headers()
+    words += [str(_SOURCES / "operators.cu"), "-o", LIBRARY, "-ldl"]
     done = _run(words, folder)
     if done.returncode != 0 or not library.exists():
         lines = (done.stderr or done.stdout).strip().splitlines() or ["it says nothing"]
@@ -83,12 +90,50 @@ def _compile(nvcc: str, folder: Path) -> tuple[bytes, str]:
     return library.read_bytes(), version[0]
 
 
+def _cublas_headers() -> list[str]:
+    """Those of the package nvidia-cublas, where it is installed; the toolkit's own come first."""
+    spec = importlib.util.find_spec("nvidia")
+    places = (spec.submodule_search_locations or ()) if spec is not None else ()
+    found = [f.parent for place in places for f in Path(place).glob("*/include/cublasLt.h")]
+    return [word for folder in found for word in ("-Xcompiler", f"-idirafter,{folder}")]
+
+
+@contextmanager
+def timed_products(folder: Path) -> Iterator[None]:
+    """While it lasts, products of sizes that are new are timed on their first run.
+
+    What was chosen is then written beside the library.
+
+    Args:
+        folder: has the library, which sessions of this process have loaded or will load.
+
+    Raises:
+        EngineError: the file cannot be written.
+    """
+    library = ctypes.CDLL(str(folder / LIBRARY))
+    library.regraft_tune(1)
+    try:
+        yield
+    finally:
+        library.regraft_tune(0)
+    file = folder / PRODUCTS
+    if library.regraft_save(os.fsencode(file)) < 0:
+        raise EngineError(f"ort-cuda: {file} cannot be written; is the disk full?")
+
+
 def _run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    # Where the root of a container is read-only, there is no other place to write.
-    environment = {**os.environ, "TMPDIR": str(folder)}
+    # Where the root of a container is read-only, there is no other place to write. By its short
+    # name, since nvcc's tools take a comma in a path for its end.
+    environment = {**os.environ, "TMPDIR": "."}
     try:
         return subprocess.run(
-            words, capture_output=True, text=True, errors="replace", check=False, env=environment
+            words,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            env=environment,
+            cwd=folder,
         )
     except OSError as error:
         raise EngineError(f"ort-cuda: {words[0]} cannot be run ({error.strerror})") from None

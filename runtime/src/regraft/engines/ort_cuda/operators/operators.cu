@@ -7,6 +7,11 @@
 //   residual, with row added to its last token.
 // BiasedSwiGlu (x (B, T, 2H), bias (2H,)) -> y (B, T, H)
 //   silu of the first half, times the second, each with its bias.
+// BiasedGelu (x (B, T, H), bias (H,)) -> y (B, T, H)
+//   the exact GELU, by erf.
+// Product (x (B, T, K), weight (K, N)) -> y (B, T, N)
+// BiasedProduct (x, weight, bias (N,)) -> y
+//   by cuBLASLt, see `products.cuh`.
 //
 // Each exists as NAME_fp32, NAME_fp16 and NAME_bf16 in the domain `regraft`. The first two work in
 // place where ONNX Runtime lets them, so that they touch one row an image and no more. Where a hidden
@@ -16,6 +21,7 @@
 
 #include "kernels.cuh"
 #include "ort_abi.h"
+#include "products.cuh"
 
 namespace {
 
@@ -75,6 +81,8 @@ Status* in_place(const Api* api, KernelContext* context, const Tensor& residual,
   cudaMemcpyAsync(*out, residual.data, residual.size() * bytes, cudaMemcpyDeviceToDevice, stream);
   return launched(api);
 }
+
+constexpr std::int64_t kManyRows = 4096;  // of a GELU's input
 
 std::int64_t divided_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -154,7 +162,70 @@ Status* biased_swiglu(const Api* api, KernelContext* context, cudaStream_t strea
   return launched(api);
 }
 
-using Work = Status* (*)(const Api*, KernelContext*, cudaStream_t);
+template <typename T>
+Status* biased_gelu(const Api* api, KernelContext* context, cudaStream_t stream) {
+  Tensor x, bias;
+  TRY(read(api, context, 0, &x));
+  TRY(read(api, context, 1, &bias));
+  const std::int64_t rows = x.lengths[0] * x.lengths[1], hidden = x.lengths[2];
+  if (bias.size() != hidden || hidden % 8 != 0) {
+    return api->error(ort::kInvalidArgument, "regraft: BiasedGelu got shapes that do not fit");
+  }
+  void* y = nullptr;
+  TRY(write(api, context, x, hidden, &y));
+  if (x.size() == 0) return nullptr;
+  const std::int64_t warps = std::min<std::int64_t>(divided_up(hidden, 256), regraft::kMost / 32);
+  const int each = rows < kManyRows ? 1 : 4;  // more keeps a large card busier with less
+  regraft::biased_gelu<T><<<static_cast<unsigned>(divided_up(rows, each)),
+                            static_cast<unsigned>(warps * 32), 0, stream>>>(
+      static_cast<const T*>(x.data), static_cast<const T*>(bias.data), static_cast<T*>(y), rows,
+      static_cast<int>(hidden), each);
+  return launched(api);
+}
+
+cudaDataType_t blas_type(const float*) { return CUDA_R_32F; }
+cudaDataType_t blas_type(const __half*) { return CUDA_R_16F; }
+cudaDataType_t blas_type(const __nv_bfloat16*) { return CUDA_R_16BF; }
+
+template <typename T, bool Biased>
+Status* product(const Api* api, KernelContext* context, cudaStream_t stream,
+                regraft::Products* products) {
+  Tensor x, weight, bias;
+  TRY(read(api, context, 0, &x));
+  TRY(read(api, context, 1, &weight));
+  if (Biased) TRY(read(api, context, 2, &bias));
+  const std::int64_t inner = x.lengths[2], columns = weight.lengths[2];
+  if (weight.lengths[0] != 1 || weight.lengths[1] != inner || (Biased && bias.size() != columns)) {
+    return api->error(ort::kInvalidArgument, "regraft: a product got shapes that do not fit");
+  }
+  void* y = nullptr;
+  TRY(write(api, context, x, columns, &y));
+  if (x.size() == 0 || columns == 0) return nullptr;
+  const T* type = nullptr;
+  const regraft::Size size{blas_type(type), Biased, x.lengths[0] * x.lengths[1], inner, columns};
+  const std::string failed = products->run(size, x.data, weight.data, bias.data, y, stream);
+  return failed.empty() ? nullptr : api->error(ort::kFail, failed.c_str());
+}
+
+// Of one node: what it computes, and what it keeps between its runs.
+struct Kernel {
+  using Work = Status* (*)(Kernel*, KernelContext*, cudaStream_t);
+  const Api* api;
+  Work work;
+  regraft::Products products;
+};
+
+using Work = Kernel::Work;
+
+template <Status* (*Stateless)(const Api*, KernelContext*, cudaStream_t)>
+Status* without_state(Kernel* kernel, KernelContext* context, cudaStream_t stream) {
+  return Stateless(kernel->api, context, stream);
+}
+
+template <typename T, bool Biased>
+Status* with_products(Kernel* kernel, KernelContext* context, cudaStream_t stream) {
+  return product<T, Biased>(kernel->api, context, stream, &kernel->products);
+}
 
 struct Own : Operator {
   const char* own_name;
@@ -163,23 +234,18 @@ struct Own : Operator {
   Work work;
 };
 
-struct Kernel {
-  const Api* api;
-  Work work;
-};
-
 const Own* own(const Operator* op) { return static_cast<const Own*>(op); }
 
 Status* create(const Operator* op, const Api* api, const ort::KernelInfo*, void** kernel) {
-  *kernel = new Kernel{api, own(op)->work};
+  *kernel = new Kernel{api, own(op)->work, {}};
   return nullptr;
 }
 
 Status* compute(void* kernel, KernelContext* context) {
-  const auto* self = static_cast<const Kernel*>(kernel);
+  auto* self = static_cast<Kernel*>(kernel);
   void* stream = nullptr;
   TRY(self->api->stream(context, &stream));
-  return self->work(self->api, context, static_cast<cudaStream_t>(stream));
+  return self->work(self, context, static_cast<cudaStream_t>(stream));
 }
 
 ElementType input_type(const Operator* op, std::size_t index) {
@@ -237,15 +303,24 @@ Own row(const char* name, ElementType type, Work work) {
 }
 
 const Own kOperators[] = {
-    redirected("AddRedirected_fp32", ort::kFloat, add_redirected<float>),
-    redirected("AddRedirected_fp16", ort::kFloat16, add_redirected<__half>),
-    redirected("AddRedirected_bf16", ort::kBfloat16, add_redirected<__nv_bfloat16>),
-    row("AddRow_fp32", ort::kFloat, add_row<float>),
-    row("AddRow_fp16", ort::kFloat16, add_row<__half>),
-    row("AddRow_bf16", ort::kBfloat16, add_row<__nv_bfloat16>),
-    declare("BiasedSwiGlu_fp32", ort::kFloat, 2, biased_swiglu<float>),
-    declare("BiasedSwiGlu_fp16", ort::kFloat16, 2, biased_swiglu<__half>),
-    declare("BiasedSwiGlu_bf16", ort::kBfloat16, 2, biased_swiglu<__nv_bfloat16>),
+    redirected("AddRedirected_fp32", ort::kFloat, without_state<add_redirected<float>>),
+    redirected("AddRedirected_fp16", ort::kFloat16, without_state<add_redirected<__half>>),
+    redirected("AddRedirected_bf16", ort::kBfloat16, without_state<add_redirected<__nv_bfloat16>>),
+    row("AddRow_fp32", ort::kFloat, without_state<add_row<float>>),
+    row("AddRow_fp16", ort::kFloat16, without_state<add_row<__half>>),
+    row("AddRow_bf16", ort::kBfloat16, without_state<add_row<__nv_bfloat16>>),
+    declare("BiasedSwiGlu_fp32", ort::kFloat, 2, without_state<biased_swiglu<float>>),
+    declare("BiasedSwiGlu_fp16", ort::kFloat16, 2, without_state<biased_swiglu<__half>>),
+    declare("BiasedSwiGlu_bf16", ort::kBfloat16, 2, without_state<biased_swiglu<__nv_bfloat16>>),
+    declare("BiasedGelu_fp32", ort::kFloat, 2, without_state<biased_gelu<float>>),
+    declare("BiasedGelu_fp16", ort::kFloat16, 2, without_state<biased_gelu<__half>>),
+    declare("BiasedGelu_bf16", ort::kBfloat16, 2, without_state<biased_gelu<__nv_bfloat16>>),
+    declare("Product_fp32", ort::kFloat, 2, with_products<float, false>),
+    declare("Product_fp16", ort::kFloat16, 2, with_products<__half, false>),
+    declare("Product_bf16", ort::kBfloat16, 2, with_products<__nv_bfloat16, false>),
+    declare("BiasedProduct_fp32", ort::kFloat, 3, with_products<float, true>),
+    declare("BiasedProduct_fp16", ort::kFloat16, 3, with_products<__half, true>),
+    declare("BiasedProduct_bf16", ort::kBfloat16, 3, with_products<__nv_bfloat16, true>),
 };
 
 }  // namespace
@@ -262,4 +337,19 @@ extern "C" __attribute__((visibility("default"))) Status* RegisterCustomOps(
     TRY(api->add_operator(domain, static_cast<const Operator*>(&op)));
   }
   return api->add_domain(options, domain);
+}
+
+// Whether products whose size is not known are timed on their first run.
+extern "C" __attribute__((visibility("default"))) void regraft_tune(int on) {
+  regraft::Choices& choices = regraft::Choices::get();
+  const std::lock_guard<std::mutex> lock(choices.mutex);
+  choices.tuning = on != 0;
+}
+
+// Writes what is known to a file; returns how many sizes, -1 if it cannot be written.
+extern "C" __attribute__((visibility("default"))) int regraft_save(const char* path) {
+  regraft::Choices& choices = regraft::Choices::get();
+  const std::lock_guard<std::mutex> lock(choices.mutex);
+  if (!choices.known.empty() && !choices.save(path)) return -1;
+  return static_cast<int>(choices.known.size());
 }

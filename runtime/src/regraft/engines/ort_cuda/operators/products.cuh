@@ -1,0 +1,390 @@
+// Products of activations and weights by cuBLASLt, each with the algorithm that was fastest.
+//
+// Left alone, cuBLAS chooses by rules of thumb, and otherwise for 258 tokens than for 257, so that
+// the one token more may cost 8 %. So `regraft build` times what cuBLASLt proposes for every size
+// that will be run (`regraft_tune`), and keeps the fastest beside the library (`regraft_save`). A
+// process that runs the graph reads that file and times nothing: it computes what was verified. A
+// size that is not in it gets cuBLASLt's first proposal.
+#pragma once
+
+#include <cublasLt.h>
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <array>
+#include <cinttypes>
+#include <cstdint>
+#include <cstdio>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace regraft {
+
+constexpr std::size_t kWorkspace = 32 << 20;  // bytes, what cuBLAS itself takes on Hopper
+constexpr int kProposals = 16;
+constexpr int kRepeats = 10;  // products in a row that make one time
+constexpr int kRounds = 7;
+constexpr float kGain = 0.99f;  // a later proposal has to be so much faster than an earlier one
+constexpr const char* kFile = "products.txt";
+
+// What a call says of itself: empty if it worked.
+using Text = std::string;
+
+#define REGRAFT_CUDA(call)                                            \
+  if (cudaError_t failed = (call); failed != cudaSuccess)             \
+  return std::string("regraft: ") + cudaGetErrorString(failed)
+#define REGRAFT_LT(call)                                              \
+  if (cublasStatus_t failed = (call); failed != CUBLAS_STATUS_SUCCESS) \
+  return "regraft: cuBLASLt failed with status " + std::to_string(failed)
+
+// cuBLASLt of ONNX Runtime's process, found by name, so that the library loads where there is none.
+struct Lt {
+  Text error;
+  cublasLtHandle_t handle = nullptr;
+#define REGRAFT_EACH(do)                                                                        \
+  do(Create) do(GetVersion) do(MatmulDescCreate) do(MatmulDescDestroy) do(MatmulDescSetAttribute) \
+  do(MatrixLayoutCreate) do(MatrixLayoutDestroy) do(MatmulPreferenceCreate)                     \
+  do(MatmulPreferenceDestroy) do(MatmulPreferenceSetAttribute) do(MatmulAlgoGetHeuristic) do(Matmul)
+#define REGRAFT_MEMBER(name) decltype(&cublasLt##name) name = nullptr;
+  REGRAFT_EACH(REGRAFT_MEMBER)
+
+  static const Lt& get() {
+    static const Lt lt;
+    return lt;
+  }
+
+ private:
+  Lt() {
+    const std::string name = "libcublasLt.so." + std::to_string(CUBLAS_VER_MAJOR);
+    void* library = dlopen(name.c_str(), RTLD_LAZY | RTLD_LOCAL);
+    if (library == nullptr) {
+      const char* said = dlerror();
+      error = "regraft: " + name + " of the CUDA toolkit that compiled the operators is not there (" +
+              (said == nullptr ? "" : said) + "); onnxruntime-gpu has to be for the same CUDA";
+      return;
+    }
+#define REGRAFT_LOAD(name)                                                             \
+  name = reinterpret_cast<decltype(name)>(dlsym(library, "cublasLt" #name));           \
+  if (name == nullptr) {                                                               \
+    error = "regraft: cuBLASLt has no cublasLt" #name;                                 \
+    return;                                                                            \
+  }
+    REGRAFT_EACH(REGRAFT_LOAD)
+    if (Create(&handle) != CUBLAS_STATUS_SUCCESS) error = "regraft: cuBLASLt does not start";
+  }
+};
+
+// (rows, inner) x (inner, columns), with or without a bias (columns,).
+struct Size {
+  int type;  // cudaDataType_t
+  int biased;
+  std::int64_t rows, inner, columns;
+
+  bool operator<(const Size& other) const { return tied() < other.tied(); }
+
+ private:
+  std::tuple<int, int, std::int64_t, std::int64_t, std::int64_t> tied() const {
+    return {type, biased, rows, inner, columns};
+  }
+};
+
+struct Choice {
+  cublasLtMatmulAlgo_t algorithm{};
+  std::size_t workspace = 0;
+};
+
+// The algorithms that were chosen, as read from beside the library or timed since.
+class Choices {
+ public:
+  static Choices& get() {
+    static Choices choices;
+    return choices;
+  }
+  std::mutex mutex;  // for all below
+  bool tuning = false;
+  Text error;
+  std::map<Size, Choice> known;
+
+  bool save(const char* path) const {
+    std::FILE* file = std::fopen(path, "w");
+    if (file == nullptr) return false;
+    std::fprintf(file, "cublasLt %zu\n", Lt::get().GetVersion());
+    for (const auto& [size, choice] : known) {
+      std::fprintf(file, "%d %d %" PRId64 " %" PRId64 " %" PRId64 " %zu", size.type, size.biased,
+                   size.rows, size.inner, size.columns, choice.workspace);
+      for (std::uint64_t word : choice.algorithm.data) std::fprintf(file, " %" PRIx64, word);
+      std::fputc('\n', file);
+    }
+    const bool written = std::ferror(file) == 0;
+    return std::fclose(file) == 0 && written;
+  }
+
+ private:
+  Choices() {
+    Dl_info info{};
+    if (dladdr(reinterpret_cast<const void*>(&Choices::get), &info) == 0) return;
+    std::string path = info.dli_fname;
+    path = path.substr(0, path.rfind('/') + 1) + kFile;
+    std::FILE* file = std::fopen(path.c_str(), "r");
+    if (file == nullptr) return;  // being built
+    std::size_t version = 0;
+    const std::size_t here = Lt::get().error.empty() ? Lt::get().GetVersion() : 0;
+    if (std::fscanf(file, "cublasLt %zu", &version) != 1 || version != here) {
+      error = "regraft: products were chosen with cuBLASLt " + std::to_string(version) +
+              ", and this is " + std::to_string(here) + "; run regraft build again";
+    }
+    Size size{};
+    Choice choice;
+    while (std::fscanf(file, "%d %d %" SCNd64 " %" SCNd64 " %" SCNd64 " %zu", &size.type,
+                       &size.biased, &size.rows, &size.inner, &size.columns,
+                       &choice.workspace) == 6) {
+      for (std::uint64_t& word : choice.algorithm.data) {
+        if (std::fscanf(file, "%" SCNx64, &word) != 1) error = "regraft: " + path + " is cut off";
+      }
+      known[size] = choice;
+    }
+    std::fclose(file);
+  }
+};
+
+// Memory for algorithms to work in: one for all products of a stream, which follow each other.
+class Workspace {
+ public:
+  void* data = nullptr;
+
+  ~Workspace() { cudaFree(data); }
+
+  static std::shared_ptr<Workspace> of(cudaStream_t stream) {
+    static std::mutex mutex;
+    static std::map<cudaStream_t, std::weak_ptr<Workspace>> all;
+    const std::lock_guard<std::mutex> lock(mutex);
+    std::shared_ptr<Workspace> found = all[stream].lock();
+    if (found == nullptr) {
+      found = std::make_shared<Workspace>();
+      if (cudaMalloc(&found->data, kWorkspace) != cudaSuccess) return nullptr;
+      all[stream] = found;
+    }
+    return found;
+  }
+};
+
+// One node's products of one size.
+class Product {
+ public:
+  Product() = default;
+  Product(const Product&) = delete;
+  Product& operator=(const Product&) = delete;
+  ~Product() {
+    const Lt& lt = Lt::get();
+    if (operation_ != nullptr) lt.MatmulDescDestroy(operation_);
+    for (cublasLtMatrixLayout_t layout : layouts_) {
+      if (layout != nullptr) lt.MatrixLayoutDestroy(layout);
+    }
+  }
+
+  // cuBLAS counts by columns: what are rows of y here are columns of its result, and x is its B.
+  Text prepare(const Size& size, const void* bias) {
+    const Lt& lt = Lt::get();
+    if (!lt.error.empty()) return lt.error;
+    size_ = size;
+    const auto type = static_cast<cudaDataType_t>(size.type);
+    REGRAFT_LT(lt.MatmulDescCreate(&operation_, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    if (bias != nullptr) {
+      const cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
+      REGRAFT_LT(lt.MatmulDescSetAttribute(operation_, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue,
+                                           sizeof epilogue));
+      REGRAFT_LT(lt.MatmulDescSetAttribute(operation_, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias,
+                                           sizeof bias));
+    }
+    const auto n = static_cast<std::uint64_t>(size.columns), m = static_cast<std::uint64_t>(size.rows),
+               k = static_cast<std::uint64_t>(size.inner);
+    REGRAFT_LT(lt.MatrixLayoutCreate(&layouts_[0], type, n, k, size.columns));
+    REGRAFT_LT(lt.MatrixLayoutCreate(&layouts_[1], type, k, m, size.inner));
+    REGRAFT_LT(lt.MatrixLayoutCreate(&layouts_[2], type, n, m, size.columns));
+    return {};
+  }
+
+  // The algorithm: the one that is known, or the fastest if there is leave to time, or the first.
+  Text choose(const void* x, const void* weight, void* y, void* workspace, cudaStream_t stream) {
+    Choices& choices = Choices::get();
+    const std::lock_guard<std::mutex> lock(choices.mutex);
+    if (!choices.error.empty()) return choices.error;
+    if (const auto found = choices.known.find(size_); found != choices.known.end()) {
+      choice_ = found->second;
+      return {};
+    }
+    std::array<cublasLtMatmulHeuristicResult_t, kProposals> proposals;
+    int count = 0;
+    if (Text failed = propose(&proposals, &count); !failed.empty()) return failed;
+    choice_ = {proposals[0].algo, proposals[0].workspaceSize};
+    cudaStreamCaptureStatus recording = cudaStreamCaptureStatusNone;
+    REGRAFT_CUDA(cudaStreamIsCapturing(stream, &recording));
+    if (!choices.tuning || recording != cudaStreamCaptureStatusNone) return {};
+    std::vector<Choice> all;
+    for (int i = 0; i < count; ++i) all.push_back({proposals[i].algo, proposals[i].workspaceSize});
+    if (Text failed = fastest(all, x, weight, y, workspace, stream); !failed.empty()) return failed;
+    choices.known[size_] = choice_;
+    return {};
+  }
+
+  Text run(const void* x, const void* weight, void* y, void* workspace, cudaStream_t stream) const {
+    REGRAFT_LT(call(choice_, x, weight, y, workspace, stream));
+    return {};
+  }
+
+ private:
+  Text propose(std::array<cublasLtMatmulHeuristicResult_t, kProposals>* proposals,
+               int* count) const {
+    const Lt& lt = Lt::get();
+    cublasLtMatmulPreference_t preference = nullptr;
+    REGRAFT_LT(lt.MatmulPreferenceCreate(&preference));
+    const std::size_t most = kWorkspace;
+    cublasStatus_t status = lt.MatmulPreferenceSetAttribute(
+        preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &most, sizeof most);
+    if (status == CUBLAS_STATUS_SUCCESS) {
+      status = lt.MatmulAlgoGetHeuristic(lt.handle, operation_, layouts_[0], layouts_[1],
+                                         layouts_[2], layouts_[2], preference, kProposals,
+                                         proposals->data(), count);
+    }
+    lt.MatmulPreferenceDestroy(preference);
+    REGRAFT_LT(status);
+    return *count > 0 ? Text() : "regraft: cuBLASLt knows no algorithm for a product";
+  }
+
+  cublasStatus_t call(const Choice& choice, const void* x, const void* weight, void* y,
+                      void* workspace, cudaStream_t stream) const {
+    const Lt& lt = Lt::get();
+    const float one = 1, none = 0;
+    return lt.Matmul(lt.handle, operation_, &one, weight, layouts_[0], x, layouts_[1], &none, y,
+                     layouts_[2], y, layouts_[2], &choice.algorithm, workspace, choice.workspace,
+                     stream);
+  }
+
+  // Times all proposals in turn, so that a clock that falls is the same for each. Before each
+  // product what is in the card's cache is thrown out: in a model, other weights were read since.
+  Text fastest(const std::vector<Choice>& all, const void* x, const void* weight, void* y,
+               void* workspace, cudaStream_t stream) {
+    int device = 0, cache = 0;
+    REGRAFT_CUDA(cudaGetDevice(&device));
+    REGRAFT_CUDA(cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device));
+    const Timer timer(static_cast<std::size_t>(cache));
+    if (!timer.error.empty()) return timer.error;
+    std::vector<cudaGraphExec_t> graphs;
+    std::vector<std::size_t> which;
+    Text failed;
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      cudaGraphExec_t graph = nullptr;
+      failed = timer.record(stream, &graph, [&] {
+        return call(all[i], x, weight, y, workspace, stream) == CUBLAS_STATUS_SUCCESS;
+      });
+      if (!failed.empty()) break;
+      if (graph == nullptr) continue;  // proposed, and then refused
+      graphs.push_back(graph);
+      which.push_back(i);
+    }
+    std::vector<std::vector<float>> times(graphs.size());
+    for (int round = 0; failed.empty() && round <= kRounds; ++round) {
+      for (std::size_t i = 0; failed.empty() && i < graphs.size(); ++i) {
+        float milliseconds = 0;
+        failed = timer.time(stream, graphs[i], &milliseconds);
+        if (round > 0) times[i].push_back(milliseconds);  // the first one loads kernels
+      }
+    }
+    for (cudaGraphExec_t graph : graphs) cudaGraphExecDestroy(graph);
+    if (!failed.empty()) return failed;
+    float best = 0;
+    for (std::size_t i = 0; i < times.size(); ++i) {
+      std::sort(times[i].begin(), times[i].end());
+      const float median = times[i][kRounds / 2];
+      if (best != 0 && median >= kGain * best) continue;
+      best = median;
+      choice_ = all[which[i]];
+    }
+    return best > 0 ? Text() : "regraft: no algorithm of cuBLASLt can do a product";
+  }
+
+  struct Timer {
+    Text error;
+    cudaEvent_t start = nullptr, stop = nullptr;
+    void* others = nullptr;  // what is written to empty the cache
+    std::size_t bytes;
+
+    explicit Timer(std::size_t cache) : bytes(cache) {
+      const bool made = cudaEventCreate(&start) == cudaSuccess &&
+                        cudaEventCreate(&stop) == cudaSuccess &&
+                        cudaMalloc(&others, bytes) == cudaSuccess;
+      if (!made) error = std::string("regraft: ") + cudaGetErrorString(cudaGetLastError());
+    }
+    Timer(const Timer&) = delete;
+    Timer& operator=(const Timer&) = delete;
+    ~Timer() {
+      if (start != nullptr) cudaEventDestroy(start);
+      if (stop != nullptr) cudaEventDestroy(stop);
+      cudaFree(others);
+    }
+
+    template <typename Call>
+    Text record(cudaStream_t stream, cudaGraphExec_t* executable, const Call& call) const {
+      if (!call()) return {};  // and what is loaded on first use may not be recorded
+      cudaGraph_t graph = nullptr;
+      REGRAFT_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+      bool fine = true;
+      for (int i = 0; i < kRepeats && fine; ++i) {
+        fine = cudaMemsetAsync(others, 0, bytes, stream) == cudaSuccess && call();
+      }
+      REGRAFT_CUDA(cudaStreamEndCapture(stream, &graph));
+      const cudaError_t status =
+          fine ? cudaGraphInstantiate(executable, graph, 0) : cudaSuccess;
+      cudaGraphDestroy(graph);
+      REGRAFT_CUDA(status);
+      return {};
+    }
+
+    Text time(cudaStream_t stream, cudaGraphExec_t graph, float* milliseconds) const {
+      REGRAFT_CUDA(cudaEventRecord(start, stream));
+      REGRAFT_CUDA(cudaGraphLaunch(graph, stream));
+      REGRAFT_CUDA(cudaEventRecord(stop, stream));
+      REGRAFT_CUDA(cudaEventSynchronize(stop));
+      REGRAFT_CUDA(cudaEventElapsedTime(milliseconds, start, stop));
+      return {};
+    }
+  };
+
+  Size size_{};
+  Choice choice_;
+  cublasLtMatmulDesc_t operation_ = nullptr;
+  std::array<cublasLtMatrixLayout_t, 3> layouts_{};
+};
+
+// All products of one node: one for each number of rows.
+class Products {
+ public:
+  Text run(const Size& size, const void* x, const void* weight, const void* bias, void* y,
+           cudaStream_t stream) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (workspace_ == nullptr) workspace_ = Workspace::of(stream);
+    if (workspace_ == nullptr) return "regraft: out of memory for the products' workspace";
+    void* const data = workspace_->data;
+    std::unique_ptr<Product>& product = products_[size.rows];
+    if (product == nullptr) {
+      auto fresh = std::make_unique<Product>();
+      Text failed = fresh->prepare(size, bias);
+      if (failed.empty()) failed = fresh->choose(x, weight, y, data, stream);
+      if (!failed.empty()) return failed;
+      product = std::move(fresh);
+    }
+    return product->run(x, weight, y, data, stream);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::shared_ptr<Workspace> workspace_;
+  std::map<std::int64_t, std::unique_ptr<Product>> products_;
+};
+
+}  // namespace regraft
