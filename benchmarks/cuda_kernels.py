@@ -35,6 +35,7 @@ def main() -> None:
     """Profiles and writes the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="vit_base_patch16_224", help="timm name")
+    parser.add_argument("--image-size", type=int, help="pixels (default: the model's)")
     parser.add_argument("--precision", default="fp16", choices=["fp32", "fp16", "bf16"])
     parser.add_argument("--touched", type=int, nargs="+", default=[4, 5, 6], help="layers")
     parser.add_argument("--neurons", type=int, default=10, help="in all")
@@ -44,9 +45,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "cuda_kernels.json")
     args = parser.parse_args()
     torch.manual_seed(0)
-    vit = vits.load(args.model)
+    vit = vits.load(args.model, args.image_size)
     size = vits.image_size(vit)
     result: dict[str, Any] = {**circumstances("benchmarks.cuda_kernels"), "model": args.model}
+    result["image_size"] = list(size)
     with tempfile.TemporaryDirectory() as folder:
         neurons = vits.some_neurons(vit, args.touched, args.neurons)
         chosen = {name: FORMS[name] for name in args.forms}

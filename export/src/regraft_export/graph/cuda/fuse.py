@@ -27,6 +27,7 @@ from regraft_export.graph.cuda.gate_operator import gate_by_operator
 from regraft_export.graph.cuda.images_first import images_first
 from regraft_export.graph.cuda.inferred_shapes import inferred_shapes
 from regraft_export.graph.cuda.join_constants import join_constants
+from regraft_export.graph.cuda.join_writes import join_writes
 from regraft_export.graph.cuda.known_shapes import BATCHES, fix_shapes
 from regraft_export.graph.cuda.leave_whole import leave_whole
 from regraft_export.graph.cuda.maximum import maximum_by_topk
@@ -173,18 +174,22 @@ def fuse_built(
         seen = join_constants(graph, constants)
     keys = drop_key_bias(graph) if choices.biases else 0
     values = move_value_bias(graph) if choices.biases else 0
-    own = gate_by_operator(graph, tokens, shapes) if choices.operators else 0
-    written = redirect_by_operator(graph, tokens, layout.width) if choices.operators else 0
-    own += written
+    placed = 0
+    if choices.operators:
+        gate_by_operator(graph, tokens, shapes)
+        placed = redirect_by_operator(graph, tokens, layout.width)
     graph.cleanup()
-    placed = written + _redirect(graph, choices, (tokens, layout.width), shapes)
+    placed += _redirect(graph, choices, (tokens, layout.width), shapes)
     parts = leave_whole(graph, tokens) if choices.whole else {}
     gelus = fuse_bias_gelu(graph)
     graph.cleanup()  # what the rewrites above left unread must not count as a reader
     norms = fuse_skip_norm(graph, shapes)
     if choices.operators:
-        own += products_by_operator(graph, shapes) + gelus_by_operator(graph, shapes)
+        products_by_operator(graph, shapes)
+        gelus_by_operator(graph, shapes)
+        join_writes(graph)
     float32_for_missing_kernels(graph)
+    own = sum(node.domain == OWN_DOMAIN for node in graph.nodes)
     domains = [DOMAIN, OWN_DOMAIN] if own else [DOMAIN]
     imports = [onnx.helper.make_opsetid(domain, 1) for domain in domains]
     graph.import_domains = [*(graph.import_domains or []), *imports]

@@ -21,15 +21,15 @@ _LAST_ROW = """
     new = Add (old, added)
     sum = Concat <axis = 1> (others, new)
 """
+_MOST = """
+    axes = Constant <value_ints = [1]> ()
+    columns = Gather <axis = 2> (hidden, neurons)
+    signed = Mul (columns, signs)
+    most = ReduceMax (signed, axes)
+    added = MatMul (most, down)
+"""
 _BODIES = {
-    "AddRedirected": (
-        "(hidden, residual, neurons, signs, down) => (sum)",
-        "axes = Constant <value_ints = [1]> ()\n"
-        "columns = Gather <axis = 2> (hidden, neurons)\n"
-        "signed = Mul (columns, signs)\n"
-        "most = ReduceMax (signed, axes)\n"
-        "added = MatMul (most, down)\n" + _LAST_ROW,
-    ),
+    "AddRedirected": ("(hidden, residual, neurons, signs, down) => (sum)", _MOST + _LAST_ROW),
     "AddRow": ("(residual, row) => (sum)", "added = Identity (row)\n" + _LAST_ROW),
     "BiasedSwiGlu": (
         "(x, bias) => (y)",
@@ -39,12 +39,20 @@ _BODIES = {
         "open = Mul (gate, part)\n"
         "y = Mul (open, value)\n",
     ),
+    "BiasedGelu": ("(x, bias) => (y)", "sum = Add (x, bias)\ny = Gelu (sum)\n"),
     "Product": ("(x, weight) => (y)", "y = MatMul (x, weight)\n"),
     "BiasedProduct": (
         "(x, weight, bias) => (y)",
         "product = MatMul (x, weight)\ny = Add (product, bias)\n",
     ),
-    "BiasedGelu": ("(x, bias) => (y)", "sum = Add (x, bias)\ny = Gelu (sum)\n"),
+    "ProductRedirected": (
+        "(hidden, weight, residual, neurons, signs, down) => (y, sum)",
+        "y = MatMul (hidden, weight)\n" + _MOST + _LAST_ROW,
+    ),
+    "ProductRow": (
+        "(x, weight, residual, row) => (y, sum)",
+        "y = MatMul (x, weight)\nadded = Identity (row)\n" + _LAST_ROW,
+    ),
 }
 
 

@@ -59,10 +59,11 @@ def gelus_by_operator(graph: gs.Graph, shapes: Shapes) -> int:
     done = 0
     for node in [n for n in graph.nodes if n.op == BIAS_GELU and n.domain == CONTRIB]:
         x, bias = node.inputs
-        known = _known(x, shapes) or _known(node.outputs[0], shapes)
-        if known is None or not _fits(bias, 1):
+        tokens = _tokens(x, shapes) or _tokens(node.outputs[0], shapes)
+        if tokens is None or not _fits(bias, 1):
             continue
-        _replace(graph, node, "BiasedGelu", [x, bias], node.outputs[0], list(known))
+        shape = ["batch", tokens, len(bias.values)]
+        _replace(graph, node, "BiasedGelu", [x, bias], node.outputs[0], shape)
         done += 1
     return done
 
@@ -77,16 +78,16 @@ def _fits(weight: gs.Tensor, rank: int) -> bool:
 def _shape(product: gs.Node, shapes: Shapes) -> list[object] | None:
     """(batch, T, N), if it is known and there are tokens to speak of."""
     x, weight = product.inputs
-    known = _known(product.outputs[0], shapes) or _known(x, shapes)
+    tokens = _tokens(product.outputs[0], shapes) or _tokens(x, shapes)
     # One row an image is a register's; such products are too small to matter.
-    if known is None or not isinstance(known[1], int) or known[1] < 2:
-        return None
-    return [*known[:2], weight.values.shape[1]]
+    return ["batch", tokens, weight.values.shape[1]] if tokens and tokens > 1 else None
 
 
-def _known(value: gs.Tensor, shapes: Shapes) -> tuple[object, ...] | None:
-    shape = shapes.get(value.name) or value.shape
-    return tuple(shape) if shape is not None and len(shape) == 3 else None
+def _tokens(value: gs.Tensor, shapes: Shapes) -> int | None:
+    """T of (B, T, N), if it is known."""
+    shape: tuple[object, ...] = tuple(shapes.get(value.name) or value.shape or ())
+    tokens = shape[1] if len(shape) == 3 else None
+    return tokens if isinstance(tokens, int) else None
 
 
 def _bias(graph: gs.Graph, product: gs.Node) -> tuple[gs.Node, gs.Constant] | None:

@@ -142,7 +142,7 @@ def _run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 def find_nvcc() -> str | None:
     """Where nvcc is: ``NVCC``, the search path, or the toolkit of ``CUDA_HOME``; None: nowhere."""
     if own := os.environ.get("NVCC"):
-        return own
+        return str(Path(own).absolute()) if os.sep in own else own  # it is run from another folder
     if found := shutil.which("nvcc"):
         return found
     for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):

@@ -12,9 +12,12 @@
 // Product (x (B, T, K), weight (K, N)) -> y (B, T, N)
 // BiasedProduct (x, weight, bias (N,)) -> y
 //   by cuBLASLt, see `products.cuh`.
+// ProductRedirected (hidden, weight, residual, neurons, signs, down) -> y, sum
+// ProductRow (x, weight, residual, row) -> y, sum
+//   Product and AddRedirected or AddRow at the same time: neither needs the other's result.
 //
-// Each exists as NAME_fp32, NAME_fp16 and NAME_bf16 in the domain `regraft`. The first two work in
-// place where ONNX Runtime lets them, so that they touch one row an image and no more. Where a hidden
+// Each exists as NAME_fp32, NAME_fp16 and NAME_bf16 in the domain `regraft`. Residuals are added to in
+// place where ONNX Runtime lets us, so that one row an image is touched and no more. Where a hidden
 // unit is NaN, it counts as smaller than every number.
 
 #include <algorithm>
@@ -61,10 +64,10 @@ Status* read(const Api* api, const KernelContext* context, std::size_t index, Te
 }
 
 Status* write(const Api* api, KernelContext* context, const Tensor& like, std::int64_t last,
-              void** out) {
+              void** out, std::size_t index = 0) {
   ort::Value* value = nullptr;
   const std::int64_t lengths[3] = {like.lengths[0], like.lengths[1], last};
-  TRY(api->output(context, 0, lengths, 3, &value));
+  TRY(api->output(context, index, lengths, 3, &value));
   return api->data(value, out);
 }
 
@@ -75,8 +78,8 @@ Status* launched(const Api* api) {
 
 // What becomes of `residual` before anything is added: nothing where the output is the input.
 Status* in_place(const Api* api, KernelContext* context, const Tensor& residual, std::size_t bytes,
-                 cudaStream_t stream, void** out) {
-  TRY(write(api, context, residual, residual.lengths[2], out));
+                 cudaStream_t stream, std::size_t index, void** out) {
+  TRY(write(api, context, residual, residual.lengths[2], out, index));
   if (*out == residual.data || residual.size() == 0) return nullptr;
   cudaMemcpyAsync(*out, residual.data, residual.size() * bytes, cudaMemcpyDeviceToDevice, stream);
   return launched(api);
@@ -97,44 +100,59 @@ struct Blocks {
         threads(static_cast<unsigned>(divided_up(divided_up(sum.lengths[2], grid.x), 32) * 32)) {}
 };
 
+// `at`: the input from which on residual, neurons, signs and down follow; `index`: the output.
 template <typename T>
-Status* add_redirected(const Api* api, KernelContext* context, cudaStream_t stream) {
+Status* add_redirected(const Api* api, KernelContext* context, cudaStream_t stream, std::size_t at,
+                       std::size_t index) {
   Tensor hidden, residual, neurons, signs, down;
   TRY(read(api, context, 0, &hidden));
-  TRY(read(api, context, 1, &residual));
-  TRY(read(api, context, 2, &neurons));
-  TRY(read(api, context, 3, &signs));
-  TRY(read(api, context, 4, &down));
+  TRY(read(api, context, at, &residual));
+  TRY(read(api, context, at + 1, &neurons));
+  TRY(read(api, context, at + 2, &signs));
+  TRY(read(api, context, at + 3, &down));
   if (hidden.lengths[1] != residual.lengths[1] || down.lengths[2] != residual.lengths[2] ||
       hidden.lengths[0] != residual.lengths[0] || signs.size() != neurons.size() ||
       down.size() != neurons.size() * residual.lengths[2]) {
-    return api->error(ort::kInvalidArgument, "regraft: AddRedirected got shapes that do not fit");
+    return api->error(ort::kInvalidArgument, "regraft: a redirect got shapes that do not fit");
   }
   void* sum = nullptr;
-  TRY(in_place(api, context, residual, sizeof(T), stream, &sum));
+  TRY(in_place(api, context, residual, sizeof(T), stream, index, &sum));
   if (residual.size() == 0) return nullptr;
   const int count = static_cast<int>(neurons.size());
-  int group = 1;
-  while (group < std::min(count, regraft::kGroup)) group *= 2;
   const Blocks blocks(residual, regraft::kMost);
-  regraft::add_redirected<T><<<blocks.grid, blocks.threads, 0, stream>>>(
-      static_cast<const T*>(hidden.data), static_cast<T*>(sum),
-      static_cast<const std::int64_t*>(neurons.data), static_cast<const T*>(signs.data),
-      static_cast<const T*>(down.data), static_cast<int>(hidden.lengths[1]), static_cast<int>(hidden.lengths[2]), count,
-      static_cast<int>(residual.lengths[2]), group);
+  const auto start = [&](auto kernel) {
+    kernel<<<blocks.grid, blocks.threads, 0, stream>>>(
+        static_cast<const T*>(hidden.data), static_cast<T*>(sum),
+        static_cast<const std::int64_t*>(neurons.data), static_cast<const T*>(signs.data),
+        static_cast<const T*>(down.data), static_cast<int>(hidden.lengths[1]),
+        static_cast<int>(hidden.lengths[2]), count, static_cast<int>(residual.lengths[2]));
+  };
+  if (count > 8) {
+    start(regraft::add_redirected<T, 16>);
+  } else if (count > 4) {
+    start(regraft::add_redirected<T, 8>);
+  } else if (count > 2) {
+    start(regraft::add_redirected<T, 4>);
+  } else if (count > 1) {
+    start(regraft::add_redirected<T, 2>);
+  } else {
+    start(regraft::add_redirected<T, 1>);
+  }
   return launched(api);
 }
 
+// `at`: the input that is the residual, after which the row follows; `index`: the output.
 template <typename T>
-Status* add_row(const Api* api, KernelContext* context, cudaStream_t stream) {
+Status* add_row(const Api* api, KernelContext* context, cudaStream_t stream, std::size_t at,
+                std::size_t index) {
   Tensor residual, row;
-  TRY(read(api, context, 0, &residual));
-  TRY(read(api, context, 1, &row));
+  TRY(read(api, context, at, &residual));
+  TRY(read(api, context, at + 1, &row));
   if (row.size() != residual.lengths[2]) {
-    return api->error(ort::kInvalidArgument, "regraft: AddRow got shapes that do not fit");
+    return api->error(ort::kInvalidArgument, "regraft: a row got shapes that do not fit");
   }
   void* sum = nullptr;
-  TRY(in_place(api, context, residual, sizeof(T), stream, &sum));
+  TRY(in_place(api, context, residual, sizeof(T), stream, index, &sum));
   if (residual.size() == 0) return nullptr;
   const Blocks blocks(residual, regraft::kThreads);
   regraft::add_row<T><<<blocks.grid, blocks.threads, 0, stream>>>(
@@ -174,10 +192,10 @@ Status* biased_gelu(const Api* api, KernelContext* context, cudaStream_t stream)
   void* y = nullptr;
   TRY(write(api, context, x, hidden, &y));
   if (x.size() == 0) return nullptr;
-  const std::int64_t warps = std::min<std::int64_t>(divided_up(hidden, 256), regraft::kMost / 32);
-  const int each = rows < kManyRows ? 1 : 4;  // more keeps a large card busier with less
-  regraft::biased_gelu<T><<<static_cast<unsigned>(divided_up(rows, each)),
-                            static_cast<unsigned>(warps * 32), 0, stream>>>(
+  const int each = rows < kManyRows ? 1 : 4;  // a full card does more rows with fewer reads
+  const dim3 grid(static_cast<unsigned>(divided_up(rows, each)),
+                  static_cast<unsigned>(divided_up(hidden, 8 * regraft::kFew)));
+  regraft::biased_gelu<T><<<grid, regraft::kFew, 0, stream>>>(
       static_cast<const T*>(x.data), static_cast<const T*>(bias.data), static_cast<T*>(y), rows,
       static_cast<int>(hidden), each);
   return launched(api);
@@ -207,15 +225,56 @@ Status* product(const Api* api, KernelContext* context, cudaStream_t stream,
   return failed.empty() ? nullptr : api->error(ort::kFail, failed.c_str());
 }
 
+// A second stream, for what can be done at the same time as the rest of a node.
+class Beside {
+ public:
+  ~Beside() {
+    if (begin_ != nullptr) cudaEventDestroy(begin_);
+    if (end_ != nullptr) cudaEventDestroy(end_);
+    if (stream != nullptr) cudaStreamDestroy(stream);
+  }
+  cudaStream_t stream = nullptr;
+
+  Status* begin(const Api* api, cudaStream_t after) {
+    if (stream == nullptr) {
+      cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+      cudaEventCreateWithFlags(&begin_, cudaEventDisableTiming);
+      cudaEventCreateWithFlags(&end_, cudaEventDisableTiming);
+    }
+    cudaEventRecord(begin_, after);
+    cudaStreamWaitEvent(stream, begin_);
+    return launched(api);
+  }
+  Status* join(const Api* api, cudaStream_t before) {
+    cudaEventRecord(end_, stream);
+    cudaStreamWaitEvent(before, end_);
+    return launched(api);
+  }
+
+ private:
+  cudaEvent_t begin_ = nullptr, end_ = nullptr;
+};
+
 // Of one node: what it computes, and what it keeps between its runs.
 struct Kernel {
   using Work = Status* (*)(Kernel*, KernelContext*, cudaStream_t);
   const Api* api;
   Work work;
   regraft::Products products;
+  Beside beside;
 };
 
 using Work = Kernel::Work;
+
+template <typename T>
+Status* redirected_alone(Kernel* kernel, KernelContext* context, cudaStream_t stream) {
+  return add_redirected<T>(kernel->api, context, stream, 1, 0);
+}
+
+template <typename T>
+Status* row_alone(Kernel* kernel, KernelContext* context, cudaStream_t stream) {
+  return add_row<T>(kernel->api, context, stream, 0, 0);
+}
 
 template <Status* (*Stateless)(const Api*, KernelContext*, cudaStream_t)>
 Status* without_state(Kernel* kernel, KernelContext* context, cudaStream_t stream) {
@@ -223,21 +282,34 @@ Status* without_state(Kernel* kernel, KernelContext* context, cudaStream_t strea
 }
 
 template <typename T, bool Biased>
-Status* with_products(Kernel* kernel, KernelContext* context, cudaStream_t stream) {
+Status* product_alone(Kernel* kernel, KernelContext* context, cudaStream_t stream) {
   return product<T, Biased>(kernel->api, context, stream, &kernel->products);
+}
+
+using Write = Status* (*)(const Api*, KernelContext*, cudaStream_t, std::size_t, std::size_t);
+
+template <typename T, Write Written>
+Status* product_and(Kernel* kernel, KernelContext* context, cudaStream_t stream) {
+  const Api* api = kernel->api;
+  TRY(kernel->beside.begin(api, stream));
+  // The product first, so that it has the whole card, and what is beside it the gaps.
+  TRY((product<T, false>(api, context, stream, &kernel->products)));
+  TRY(Written(api, context, kernel->beside.stream, 2, 1));
+  return kernel->beside.join(api, stream);
 }
 
 struct Own : Operator {
   const char* own_name;
   ElementType type;
-  std::size_t inputs;
+  std::size_t inputs, outputs;
+  std::size_t neurons;  // the input that is int64; 0: none
   Work work;
 };
 
 const Own* own(const Operator* op) { return static_cast<const Own*>(op); }
 
 Status* create(const Operator* op, const Api* api, const ort::KernelInfo*, void** kernel) {
-  *kernel = new Kernel{api, own(op)->work, {}};
+  *kernel = new Kernel{api, own(op)->work, {}, {}};
   return nullptr;
 }
 
@@ -249,15 +321,15 @@ Status* compute(void* kernel, KernelContext* context) {
 }
 
 ElementType input_type(const Operator* op, std::size_t index) {
-  return own(op)->inputs == 5 && index == 2 ? ort::kInt64 : own(op)->type;
+  return index > 0 && index == own(op)->neurons ? ort::kInt64 : own(op)->type;
 }
 
-// The second input of AddRedirected and the first of AddRow is the residual. The callback is not
-// told of which operator it is asked, so there is one for each.
-template <int Input>
+// Which input is the residual, and which output may be in its place. The callback is not told of
+// which operator it is asked, so there is one for each.
+template <int Input, int Output>
 std::size_t may_inplace(int** inputs, int** outputs) {
   *inputs = new int(Input);
-  *outputs = new int(0);
+  *outputs = new int(Output);
   return 1;
 }
 
@@ -271,7 +343,7 @@ Own declare(const char* name, ElementType type, std::size_t inputs, Work work) {
   op.input_type = input_type;
   op.input_count = [](const Operator* self) { return own(self)->inputs; };
   op.output_type = [](const Operator* self, std::size_t) { return own(self)->type; };
-  op.output_count = [](const Operator*) -> std::size_t { return 1; };
+  op.output_count = [](const Operator* self) { return own(self)->outputs; };
   op.input_characteristic = [](const Operator*, std::size_t) { return 0; };  // required
   op.output_characteristic = [](const Operator*, std::size_t) { return 0; };
   op.input_memory = [](const Operator*, std::size_t) { return 0; };  // the provider's own
@@ -286,41 +358,59 @@ Own declare(const char* name, ElementType type, std::size_t inputs, Work work) {
   op.own_name = name;
   op.type = type;
   op.inputs = inputs;
+  op.outputs = 1;
+  op.neurons = 0;
   op.work = work;
   return op;
 }
 
 Own redirected(const char* name, ElementType type, Work work) {
   Own op = declare(name, type, 5, work);
-  op.may_inplace = may_inplace<1>;
+  op.may_inplace = may_inplace<1, 0>;
+  op.neurons = 2;
   return op;
 }
 
 Own row(const char* name, ElementType type, Work work) {
   Own op = declare(name, type, 2, work);
-  op.may_inplace = may_inplace<0>;
+  op.may_inplace = may_inplace<0, 0>;
+  return op;
+}
+
+Own both(const char* name, ElementType type, std::size_t inputs, Work work) {
+  Own op = declare(name, type, inputs, work);
+  op.outputs = 2;
+  op.may_inplace = may_inplace<2, 1>;
+  op.neurons = inputs == 6 ? 3 : 0;
   return op;
 }
 
 const Own kOperators[] = {
-    redirected("AddRedirected_fp32", ort::kFloat, without_state<add_redirected<float>>),
-    redirected("AddRedirected_fp16", ort::kFloat16, without_state<add_redirected<__half>>),
-    redirected("AddRedirected_bf16", ort::kBfloat16, without_state<add_redirected<__nv_bfloat16>>),
-    row("AddRow_fp32", ort::kFloat, without_state<add_row<float>>),
-    row("AddRow_fp16", ort::kFloat16, without_state<add_row<__half>>),
-    row("AddRow_bf16", ort::kBfloat16, without_state<add_row<__nv_bfloat16>>),
+    redirected("AddRedirected_fp32", ort::kFloat, redirected_alone<float>),
+    redirected("AddRedirected_fp16", ort::kFloat16, redirected_alone<__half>),
+    redirected("AddRedirected_bf16", ort::kBfloat16, redirected_alone<__nv_bfloat16>),
+    row("AddRow_fp32", ort::kFloat, row_alone<float>),
+    row("AddRow_fp16", ort::kFloat16, row_alone<__half>),
+    row("AddRow_bf16", ort::kBfloat16, row_alone<__nv_bfloat16>),
     declare("BiasedSwiGlu_fp32", ort::kFloat, 2, without_state<biased_swiglu<float>>),
     declare("BiasedSwiGlu_fp16", ort::kFloat16, 2, without_state<biased_swiglu<__half>>),
     declare("BiasedSwiGlu_bf16", ort::kBfloat16, 2, without_state<biased_swiglu<__nv_bfloat16>>),
     declare("BiasedGelu_fp32", ort::kFloat, 2, without_state<biased_gelu<float>>),
     declare("BiasedGelu_fp16", ort::kFloat16, 2, without_state<biased_gelu<__half>>),
     declare("BiasedGelu_bf16", ort::kBfloat16, 2, without_state<biased_gelu<__nv_bfloat16>>),
-    declare("Product_fp32", ort::kFloat, 2, with_products<float, false>),
-    declare("Product_fp16", ort::kFloat16, 2, with_products<__half, false>),
-    declare("Product_bf16", ort::kBfloat16, 2, with_products<__nv_bfloat16, false>),
-    declare("BiasedProduct_fp32", ort::kFloat, 3, with_products<float, true>),
-    declare("BiasedProduct_fp16", ort::kFloat16, 3, with_products<__half, true>),
-    declare("BiasedProduct_bf16", ort::kBfloat16, 3, with_products<__nv_bfloat16, true>),
+    declare("Product_fp32", ort::kFloat, 2, product_alone<float, false>),
+    declare("Product_fp16", ort::kFloat16, 2, product_alone<__half, false>),
+    declare("Product_bf16", ort::kBfloat16, 2, product_alone<__nv_bfloat16, false>),
+    declare("BiasedProduct_fp32", ort::kFloat, 3, product_alone<float, true>),
+    declare("BiasedProduct_fp16", ort::kFloat16, 3, product_alone<__half, true>),
+    declare("BiasedProduct_bf16", ort::kBfloat16, 3, product_alone<__nv_bfloat16, true>),
+    both("ProductRedirected_fp32", ort::kFloat, 6, product_and<float, add_redirected<float>>),
+    both("ProductRedirected_fp16", ort::kFloat16, 6, product_and<__half, add_redirected<__half>>),
+    both("ProductRedirected_bf16", ort::kBfloat16, 6,
+         product_and<__nv_bfloat16, add_redirected<__nv_bfloat16>>),
+    both("ProductRow_fp32", ort::kFloat, 4, product_and<float, add_row<float>>),
+    both("ProductRow_fp16", ort::kFloat16, 4, product_and<__half, add_row<__half>>),
+    both("ProductRow_bf16", ort::kBfloat16, 4, product_and<__nv_bfloat16, add_row<__nv_bfloat16>>),
 };
 
 }  // namespace

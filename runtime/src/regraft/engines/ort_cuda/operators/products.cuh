@@ -27,7 +27,7 @@ namespace regraft {
 
 constexpr std::size_t kWorkspace = 32 << 20;  // bytes, what cuBLAS itself takes on Hopper
 constexpr int kProposals = 16;
-constexpr int kRepeats = 10;  // products in a row that make one time
+constexpr int kRepeats = 16;  // products in a row that make one time
 constexpr int kRounds = 7;
 constexpr float kGain = 0.99f;  // a later proposal has to be so much faster than an earlier one
 constexpr const char* kFile = "products.txt";
@@ -86,6 +86,9 @@ struct Size {
   std::int64_t rows, inner, columns;
 
   bool operator<(const Size& other) const { return tied() < other.tied(); }
+  std::size_t bytes_of_weight() const {
+    return static_cast<std::size_t>(inner * columns) * (type == CUDA_R_32F ? 4 : 2);
+  }
 
  private:
   std::tuple<int, int, std::int64_t, std::int64_t, std::int64_t> tied() const {
@@ -265,22 +268,21 @@ class Product {
                      stream);
   }
 
-  // Times all proposals in turn, so that a clock that falls is the same for each. Before each
-  // product what is in the card's cache is thrown out: in a model, other weights were read since.
+  // Times all proposals in turn, so that a clock that falls is the same for each.
   Text fastest(const std::vector<Choice>& all, const void* x, const void* weight, void* y,
                void* workspace, cudaStream_t stream) {
     int device = 0, cache = 0;
     REGRAFT_CUDA(cudaGetDevice(&device));
     REGRAFT_CUDA(cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device));
-    const Timer timer(static_cast<std::size_t>(cache));
+    const Timer timer(weight, size_.bytes_of_weight(), static_cast<std::size_t>(cache));
     if (!timer.error.empty()) return timer.error;
     std::vector<cudaGraphExec_t> graphs;
     std::vector<std::size_t> which;
     Text failed;
     for (std::size_t i = 0; i < all.size(); ++i) {
       cudaGraphExec_t graph = nullptr;
-      failed = timer.record(stream, &graph, [&] {
-        return call(all[i], x, weight, y, workspace, stream) == CUBLAS_STATUS_SUCCESS;
+      failed = timer.record(stream, &graph, [&](const void* copy) {
+        return call(all[i], x, copy, y, workspace, stream) == CUBLAS_STATUS_SUCCESS;
       });
       if (!failed.empty()) break;
       if (graph == nullptr) continue;  // proposed, and then refused
@@ -308,16 +310,23 @@ class Product {
     return best > 0 ? Text() : "regraft: no algorithm of cuBLASLt can do a product";
   }
 
+  // Runs a product with copies of its weight in turn, more than the card's cache holds: in a model,
+  // too, others were read since.
   struct Timer {
     Text error;
     cudaEvent_t start = nullptr, stop = nullptr;
-    void* others = nullptr;  // what is written to empty the cache
-    std::size_t bytes;
+    char* copies = nullptr;
+    std::size_t bytes, count;
 
-    explicit Timer(std::size_t cache) : bytes(cache) {
-      const bool made = cudaEventCreate(&start) == cudaSuccess &&
-                        cudaEventCreate(&stop) == cudaSuccess &&
-                        cudaMalloc(&others, bytes) == cudaSuccess;
+    Timer(const void* weight, std::size_t bytes, std::size_t cache)
+        : bytes(bytes), count(std::min<std::size_t>(cache / bytes + 2, kRepeats)) {
+      bool made = cudaEventCreate(&start) == cudaSuccess &&
+                  cudaEventCreate(&stop) == cudaSuccess &&
+                  cudaMalloc(&copies, bytes * count) == cudaSuccess;
+      for (std::size_t i = 0; i < count && made; ++i) {
+        made = cudaMemcpy(copies + i * bytes, weight, bytes, cudaMemcpyDeviceToDevice) ==
+               cudaSuccess;
+      }
       if (!made) error = std::string("regraft: ") + cudaGetErrorString(cudaGetLastError());
     }
     Timer(const Timer&) = delete;
@@ -325,17 +334,17 @@ class Product {
     ~Timer() {
       if (start != nullptr) cudaEventDestroy(start);
       if (stop != nullptr) cudaEventDestroy(stop);
-      cudaFree(others);
+      cudaFree(copies);
     }
 
     template <typename Call>
     Text record(cudaStream_t stream, cudaGraphExec_t* executable, const Call& call) const {
-      if (!call()) return {};  // and what is loaded on first use may not be recorded
+      if (!call(copies)) return {};  // and what is loaded on first use may not be recorded
       cudaGraph_t graph = nullptr;
       REGRAFT_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
       bool fine = true;
       for (int i = 0; i < kRepeats && fine; ++i) {
-        fine = cudaMemsetAsync(others, 0, bytes, stream) == cudaSuccess && call();
+        fine = call(copies + i % count * bytes);
       }
       REGRAFT_CUDA(cudaStreamEndCapture(stream, &graph));
       const cudaError_t status =
