@@ -60,9 +60,12 @@ add_redirected(const T* hidden, T* sum, const std::int64_t* neurons, const T* si
     }
     if (lane < Group) of_warp[warp][lane] = most;
     __syncthreads();
-    if (threadIdx.x < Group) {
-      for (int w = 1; w < warps; ++w) most = fmaxf(most, of_warp[w][threadIdx.x]);
-      largest[threadIdx.x] = most;
+    for (int mine = warp; mine < Group; mine += warps) {
+      float of_all = lane < warps ? of_warp[lane][mine] : -INFINITY;
+      for (int offset = 16; offset > 0; offset /= 2) {
+        of_all = fmaxf(of_all, __shfl_xor_sync(0xffffffffu, of_all, offset));
+      }
+      if (lane == 0) largest[mine] = of_all;
     }
     __syncthreads();
 #pragma unroll

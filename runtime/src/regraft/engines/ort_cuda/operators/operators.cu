@@ -292,9 +292,9 @@ template <typename T, Write Written>
 Status* product_and(Kernel* kernel, KernelContext* context, cudaStream_t stream) {
   const Api* api = kernel->api;
   TRY(kernel->beside.begin(api, stream));
-  // The product first, so that it has the whole card, and what is beside it the gaps.
-  TRY((product<T, false>(api, context, stream, &kernel->products)));
+  // The small one first: behind the product, which fills the card, it would wait for its end.
   TRY(Written(api, context, kernel->beside.stream, 2, 1));
+  TRY((product<T, false>(api, context, stream, &kernel->products)));
   return kernel->beside.join(api, stream);
 }
 

@@ -26,9 +26,10 @@
 namespace regraft {
 
 constexpr std::size_t kWorkspace = 32 << 20;  // bytes, what cuBLAS itself takes on Hopper
-constexpr int kProposals = 16;
-constexpr int kRepeats = 16;  // products in a row that make one time
-constexpr int kRounds = 7;
+constexpr int kProposals = 16;            // that are asked for at once
+constexpr int kRepeats = 16;              // products in a row that make one time
+constexpr int kRounds = 11;
+constexpr std::size_t kAligned = 256;  // bytes, what cuBLASLt takes for granted
 constexpr float kGain = 0.99f;  // a later proposal has to be so much faster than an earlier one
 constexpr const char* kFile = "products.txt";
 
@@ -49,7 +50,8 @@ struct Lt {
 #define REGRAFT_EACH(do)                                                                        \
   do(Create) do(GetVersion) do(MatmulDescCreate) do(MatmulDescDestroy) do(MatmulDescSetAttribute) \
   do(MatrixLayoutCreate) do(MatrixLayoutDestroy) do(MatmulPreferenceCreate)                     \
-  do(MatmulPreferenceDestroy) do(MatmulPreferenceSetAttribute) do(MatmulAlgoGetHeuristic) do(Matmul)
+  do(MatmulPreferenceDestroy) do(MatmulPreferenceSetAttribute) do(MatmulAlgoGetHeuristic)       \
+  do(MatmulAlgoCheck) do(Matmul)
 #define REGRAFT_MEMBER(name) decltype(&cublasLt##name) name = nullptr;
   REGRAFT_EACH(REGRAFT_MEMBER)
 
@@ -221,15 +223,18 @@ class Product {
       choice_ = found->second;
       return {};
     }
-    std::array<cublasLtMatmulHeuristicResult_t, kProposals> proposals;
-    int count = 0;
-    if (Text failed = propose(&proposals, &count); !failed.empty()) return failed;
-    choice_ = {proposals[0].algo, proposals[0].workspaceSize};
+    std::vector<Choice> all;
+    if (Text failed = propose(size_.rows, &all); !failed.empty()) return failed;
+    if (all.empty()) return "regraft: cuBLASLt knows no algorithm for a product";
+    choice_ = all.front();
     cudaStreamCaptureStatus recording = cudaStreamCaptureStatusNone;
     REGRAFT_CUDA(cudaStreamIsCapturing(stream, &recording));
     if (!choices.tuning || recording != cudaStreamCaptureStatusNone) return {};
-    std::vector<Choice> all;
-    for (int i = 0; i < count; ++i) all.push_back({proposals[i].algo, proposals[i].workspaceSize});
+    // What is proposed for a few rows more or less is often not proposed here, and faster.
+    for (const std::int64_t part : {-8, -32, 32, 8}) {
+      const std::int64_t rows = size_.rows + size_.rows / part;
+      if (Text failed = propose(rows, &all); !failed.empty()) return failed;
+    }
     if (Text failed = fastest(all, x, weight, y, workspace, stream); !failed.empty()) return failed;
     choices.known[size_] = choice_;
     return {};
@@ -241,22 +246,48 @@ class Product {
   }
 
  private:
-  Text propose(std::array<cublasLtMatmulHeuristicResult_t, kProposals>* proposals,
-               int* count) const {
+  // Appends what cuBLASLt proposes for so many rows, if it can do ours and is not there yet.
+  Text propose(std::int64_t rows, std::vector<Choice>* all) const {
     const Lt& lt = Lt::get();
+    const auto type = static_cast<cudaDataType_t>(size_.type);
     cublasLtMatmulPreference_t preference = nullptr;
-    REGRAFT_LT(lt.MatmulPreferenceCreate(&preference));
-    const std::size_t most = kWorkspace;
-    cublasStatus_t status = lt.MatmulPreferenceSetAttribute(
-        preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &most, sizeof most);
-    if (status == CUBLAS_STATUS_SUCCESS) {
-      status = lt.MatmulAlgoGetHeuristic(lt.handle, operation_, layouts_[0], layouts_[1],
-                                         layouts_[2], layouts_[2], preference, kProposals,
-                                         proposals->data(), count);
-    }
-    lt.MatmulPreferenceDestroy(preference);
+    cublasLtMatrixLayout_t x = nullptr, y = nullptr;
+    std::array<cublasLtMatmulHeuristicResult_t, kProposals> found;
+    int count = 0;
+    cublasStatus_t status = lt.MatmulPreferenceCreate(&preference);
+    const auto then = [&](auto call) {
+      if (status == CUBLAS_STATUS_SUCCESS) status = call();
+    };
+    then([&] {
+      return lt.MatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                             &kWorkspace, sizeof kWorkspace);
+    });
+    then([&] { return lt.MatrixLayoutCreate(&x, type, size_.inner, rows, size_.inner); });
+    then([&] { return lt.MatrixLayoutCreate(&y, type, size_.columns, rows, size_.columns); });
+    then([&] {
+      return lt.MatmulAlgoGetHeuristic(lt.handle, operation_, layouts_[0], x, y, y, preference,
+                                       kProposals, found.data(), &count);
+    });
+    if (x != nullptr) lt.MatrixLayoutDestroy(x);
+    if (y != nullptr) lt.MatrixLayoutDestroy(y);
+    if (preference != nullptr) lt.MatmulPreferenceDestroy(preference);
+    if (status == CUBLAS_STATUS_NOT_SUPPORTED) return {};  // none
     REGRAFT_LT(status);
-    return *count > 0 ? Text() : "regraft: cuBLASLt knows no algorithm for a product";
+    for (int i = 0; i < count; ++i) {
+      cublasLtMatmulHeuristicResult_t checked{};
+      const bool fits =
+          lt.MatmulAlgoCheck(lt.handle, operation_, layouts_[0], layouts_[1], layouts_[2],
+                             layouts_[2], &found[i].algo, &checked) == CUBLAS_STATUS_SUCCESS &&
+          checked.workspaceSize <= kWorkspace;
+      const auto same = [&](const Choice& other) {
+        return std::equal(std::begin(other.algorithm.data), std::end(other.algorithm.data),
+                          std::begin(found[i].algo.data));
+      };
+      if (fits && std::none_of(all->begin(), all->end(), same)) {
+        all->push_back({found[i].algo, checked.workspaceSize});
+      }
+    }
+    return {};
   }
 
   cublasStatus_t call(const Choice& choice, const void* x, const void* weight, void* y,
@@ -274,7 +305,7 @@ class Product {
     int device = 0, cache = 0;
     REGRAFT_CUDA(cudaGetDevice(&device));
     REGRAFT_CUDA(cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device));
-    const Timer timer(weight, size_.bytes_of_weight(), static_cast<std::size_t>(cache));
+    const Timer timer(weight, size_.bytes_of_weight(), static_cast<std::size_t>(cache), stream);
     if (!timer.error.empty()) return timer.error;
     std::vector<cudaGraphExec_t> graphs;
     std::vector<std::size_t> which;
@@ -316,16 +347,17 @@ class Product {
     Text error;
     cudaEvent_t start = nullptr, stop = nullptr;
     char* copies = nullptr;
-    std::size_t bytes, count;
+    std::size_t bytes, count;  // of a copy, as far as the next, and of copies
 
-    Timer(const void* weight, std::size_t bytes, std::size_t cache)
-        : bytes(bytes), count(std::min<std::size_t>(cache / bytes + 2, kRepeats)) {
+    Timer(const void* weight, std::size_t size, std::size_t cache, cudaStream_t stream)
+        : bytes((size + kAligned - 1) / kAligned * kAligned),
+          count(std::min<std::size_t>(cache / bytes + 2, kRepeats)) {
       bool made = cudaEventCreate(&start) == cudaSuccess &&
                   cudaEventCreate(&stop) == cudaSuccess &&
                   cudaMalloc(&copies, bytes * count) == cudaSuccess;
       for (std::size_t i = 0; i < count && made; ++i) {
-        made = cudaMemcpy(copies + i * bytes, weight, bytes, cudaMemcpyDeviceToDevice) ==
-               cudaSuccess;
+        made = cudaMemcpyAsync(copies + i * bytes, weight, size, cudaMemcpyDeviceToDevice,
+                               stream) == cudaSuccess;
       }
       if (!made) error = std::string("regraft: ") + cudaGetErrorString(cudaGetLastError());
     }
