@@ -91,7 +91,6 @@ def test_exporting_twice_gives_the_same_bundle(tmp_path: Path, regraft: Regraft)
     [
         (("--cls", "keep"), "--variant kv silences the neurons in the weights, on every token; "),
         (("--patches", "mean"), "--patches mean needs --variant token"),
-        (("--cuda-operators",), "--cuda-operators: none of them fits"),
     ],
 )
 def test_options_that_need_a_token_are_refused(
@@ -105,6 +104,21 @@ def test_options_that_need_a_token_are_refused(
     assert code == 1
     assert message in err
     assert not (tmp_path / "bundle").exists()
+
+
+def test_products_are_operators_without_a_token_too(
+    regraft: Regraft, photos: Path, tmp_path: Path
+) -> None:
+    neurons = bundles.write_neurons(tmp_path / "neurons.json")
+    code, _, err = regraft(
+        *("export", bundles.PLANTED, "--neurons", neurons, "--images", photos, "--variant", "kv"),
+        *("--out", tmp_path / "bundle", "--cuda-operators"),
+    )
+    assert code == 0, err
+    fused = Bundle.open(tmp_path / "bundle").manifest.cuda
+    assert fused is not None
+    assert fused.constants > 0
+    assert fused.operators > 0
 
 
 def test_one_image_is_too_few(regraft: Regraft, tmp_path: Path) -> None:

@@ -272,8 +272,8 @@ def _expect_operators(fused: Mapping[str, Fused], missing: str) -> None:
         raise InputError(f"--cuda-operators: there is no graph for ort-cuda: {missing}")
     if not fused["model_cuda"].fusions.operators:
         raise InputError(
-            "--cuda-operators: none of them fits: they do one register's strongest values or "
-            "constants (the variant kv has no register), and packed SwiGLU; export without"
+            "--cuda-operators: none of them fits: they want widths that are multiples of 8, and "
+            "for the redirect one register; export without"
         )
 
 

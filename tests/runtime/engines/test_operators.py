@@ -7,24 +7,28 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx.parser
 import onnxruntime
 import pytest
+from numpy.typing import NDArray
 from tests.support import fake_onnxruntime
 
 from regraft.engines import EngineOptions, cache_key, open_engine
 from regraft.engines.ort_cuda.engine import OrtCudaEngine
 from regraft.engines.ort_cuda.operators import (
     LIBRARY,
+    PRODUCTS,
     SUFFIX,
     compile_library,
     find_nvcc,
     source_sha256,
 )
+from regraft.engines.ort_cuda.runner import SIZES
 from regraft.errors import EngineError
 
 Fake = fake_onnxruntime.Module
@@ -48,6 +52,25 @@ def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
     return make
 
 
+def library(folder: Path, saved: str = "fputs(text, file)") -> str:
+    """What a compiler does that writes a library like regraft's, but for its operators."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler here")
+    source = folder / "library.c"
+    source.write_text(
+        f"""#include <stdio.h>
+        static const char* text = "never timed";
+        void regraft_tune(int on) {{ text = on ? "still timed" : "timed, then no more"; }}
+        int regraft_save(const char* path) {{
+          FILE* file = fopen(path, "w");
+          const int status = {saved};
+          fclose(file);
+          return status < 0 ? -1 : 1;
+        }}"""
+    )
+    return f'cc -shared -fPIC {source} -o "$out"'
+
+
 @pytest.fixture
 def graph(pristine_bundle: Path) -> Path:
     """A graph that says that it needs the operators, beside its weights."""
@@ -67,23 +90,63 @@ def test_a_graph_with_operators_has_to_be_built(ort: Fake, graph: Path) -> None:
 def test_a_build_compiles_them_and_they_are_loaded_from_it(
     ort: Fake, graph: Path, nvcc: Compiler, tmp_path: Path
 ) -> None:
-    nvcc('[ -z "$out" ] && echo release 13 && exit; echo library > "$out"; echo "$@" > "$0.words"')
+    nvcc(f'[ -z "$out" ] && echo release 13 && exit; {library(tmp_path)}; echo "$@" > "$0.words"')
     steps: list[str] = []
     folder = tmp_path / "entry"
     folder.mkdir()
     report = OrtCudaEngine.build(graph, "fp32", {}, folder, lambda what, *_: steps.append(what))
     assert report["operators"] == {"sources": source_sha256(), "nvcc": "release 13"}
-    assert steps[0] == "compiling CUDA operators"
+    assert list(dict.fromkeys(steps)) == [
+        *("compiling CUDA operators", "timing products", f"warming {graph.name}")
+    ]
+    # Products are timed for every batch that is executed, outside of recordings.
+    assert [session.provider["enable_cuda_graph"] for session in ort.sessions] == ["0", "1"]
+    assert len(ort.sessions[0].runs) == 2 * len(SIZES)  # prepared, and run
+    assert (folder / PRODUCTS).read_text() == "timed, then no more"
     words = (tmp_path / "nvcc.words").read_text().split()
     source = next(Path(word) for word in words if word.endswith(".cu"))
     assert source.exists()
     assert "arch=compute_90,code=[sm_90,compute_90]" in words
     with open_engine(graph, "ort-cuda", built=folder) as engine:
         assert engine.outputs
-    assert [s.settings.libraries for s in ort.sessions] == [(str(folder / LIBRARY),)] * 2
+    assert [s.settings.libraries for s in ort.sessions] == [(str(folder / LIBRARY),)] * 3
     (folder / LIBRARY).write_bytes(b"")
     with pytest.raises(EngineError, match="Failed to load library"):
         open_engine(graph, "ort-cuda", built=folder)
+
+
+def test_products_that_do_not_fit_the_card_are_not_timed(
+    ort: Fake,
+    graph: Path,
+    nvcc: Compiler,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    nvcc(f'[ -z "$out" ] && exit; {library(tmp_path)}')
+    run, least = OrtCudaEngine.run, 4
+
+    def full(self: OrtCudaEngine, pixels: NDArray[np.float32]) -> Mapping[str, object]:
+        if len(pixels) >= least:
+            raise EngineError("ort-cuda: out of memory")
+        return run(self, pixels)
+
+    monkeypatch.setattr(OrtCudaEngine, "run", full)
+    with caplog.at_level(logging.WARNING, "regraft"):
+        OrtCudaEngine.build(graph, "fp32", {}, tmp_path, lambda what, *_: None)
+    assert "too little free memory for batches of 4; their products are not timed" in caplog.text
+    assert (tmp_path / PRODUCTS).exists()
+    least = 1
+    with pytest.raises(EngineError, match="out of memory"):
+        OrtCudaEngine.build(graph, "fp32", {}, tmp_path, lambda what, *_: None)
+
+
+def test_what_was_chosen_has_to_be_kept(
+    ort: Fake, graph: Path, nvcc: Compiler, tmp_path: Path
+) -> None:
+    nvcc(f'[ -z "$out" ] && exit; {library(tmp_path, saved="-1")}')
+    with pytest.raises(EngineError, match=rf"{PRODUCTS} cannot be written; is the disk full"):
+        OrtCudaEngine.build(graph, "fp32", {}, tmp_path, lambda what, *_: None)
 
 
 def test_the_same_is_compiled_once_for_all_graphs(
@@ -203,19 +266,26 @@ def test_nvcc_is_looked_for_where_cuda_is(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_onnxruntime_takes_the_library(tmp_path: Path) -> None:
     if find_nvcc() is None:
         pytest.skip("no nvcc here")
-    compile_library(tmp_path)
-    library = tmp_path / LIBRARY
+    folder = tmp_path / "with, a comma"
+    folder.mkdir()
+    compile_library(folder)
     for kind, numbers in (("float", "fp32"), ("float16", "fp16"), ("bfloat16", "bf16")):
         proto = onnx.parser.parse_model(
             f"""<ir_version: 10, opset_import: ["" : 20, "regraft" : 1]>
             g ({kind}[b, 5, 16] h, {kind}[b, 5, 4] r, int64[2] n, {kind}[2] s, {kind}[2, 4] d,
-               {kind}[4] row, {kind}[16] c) => ({kind}[b, 5, 4] y, {kind}[b, 5, 8] z) {{
+               {kind}[4] row, {kind}[16] c, {kind}[16, 4] w)
+            => ({kind}[b, 5, 4] y, {kind}[b, 5, 8] z, {kind}[b, 5, 4] v) {{
               t = regraft.AddRedirected_{numbers} (h, r, n, s, d)
               y = regraft.AddRow_{numbers} (t, row)
-              z = regraft.BiasedSwiGlu_{numbers} (h, c) }}"""
+              z = regraft.BiasedSwiGlu_{numbers} (h, c)
+              g = regraft.BiasedGelu_{numbers} (h, c)
+              p, q = regraft.ProductRedirected_{numbers} (g, w, r, n, s, d)
+              i, j = regraft.ProductRow_{numbers} (g, w, q, row)
+              k = regraft.Product_{numbers} (g, w) l = regraft.BiasedProduct_{numbers} (g, w, row)
+              v = Sum (p, i, j, k, l) }}"""
         )
         settings = onnxruntime.SessionOptions()
-        settings.register_custom_ops_library(str(library))
+        settings.register_custom_ops_library(str(folder / LIBRARY))
         # It knows the operators and their types, and that none is one of the CPU's.
         with pytest.raises(Exception, match="Could not find an implementation for AddRe"):
             onnxruntime.InferenceSession(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import onnx
@@ -18,7 +19,7 @@ from regraft_export.graph.cuda.fold_layer_scale import fold_layer_scale
 from regraft_export.graph.cuda.fuse_attention import fuse_attention
 from regraft_export.graph.cuda.fuse_bias_gelu import fuse_bias_gelu
 from regraft_export.graph.cuda.fuse_skip_norm import fuse_skip_norm
-from regraft_export.graph.cuda.known_shapes import BATCHES, fix_shapes
+from regraft_export.graph.cuda.known_shapes import fix_shapes
 from regraft_export.graph.cuda.leave_whole import leave_whole
 from regraft_export.graph.cuda.maximum import maximum_by_topk
 from regraft_export.graph.cuda.move_value_bias import move_value_bias
@@ -59,11 +60,12 @@ def run(graph: gs.Graph, shape: tuple[int, ...] = (3, T, D)) -> NDArray[np.float
     return np.asarray(value, np.float32)
 
 
-def known(shapes: dict[str, tuple[object, ...]]) -> dict[int, dict[str, tuple[object, ...]]]:
-    """Shapes for several numbers of images, which "b" stands for."""
-    return {
-        images: {name: tuple(images if n == "b" else n for n in s) for name, s in shapes.items()}
-        for images in BATCHES
+def known(
+    shapes: dict[str, tuple[object, ...]],
+) -> Callable[[int], dict[str, tuple[object, ...]]]:
+    """Shapes for a number of images, which "b" stands for."""
+    return lambda images: {
+        name: tuple(images if n == "b" else n for n in s) for name, s in shapes.items()
     }
 
 
@@ -281,6 +283,13 @@ def test_shapes_that_are_not_known_are_left(
     nodes = nodes.replace("two = Concat", "n = Slice(sh, zero, one) two = Concat")
     graph = model(nodes, zero=np.array([0]), one=np.array([1]), half=np.array(0.5, np.float32))
     assert fix_shapes(graph, known(shapes or {"other": ("b", T, D)})) == 0
+
+
+def test_shapes_are_not_asked_for_where_none_is_computed() -> None:
+    def asked(images: int) -> dict[str, tuple[object, ...]]:
+        raise AssertionError(images)
+
+    assert fix_shapes(attention(), asked) == 0
 
 
 def test_a_norm_before_the_projection_keeps_the_value_bias() -> None:

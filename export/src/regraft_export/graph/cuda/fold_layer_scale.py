@@ -60,7 +60,8 @@ def fold_layer_scale(
 
 
 def _same(a: NDArray[np.generic], b: NDArray[np.generic]) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a, b)
+    like = a.shape == b.shape and a.dtype == b.dtype
+    return like and np.array_equal(a[:1], b[:1]) and np.array_equal(a, b)  # mostly settled early
 
 
 def _scaled_product(node: gs.Node) -> tuple[gs.Node, gs.Node | None, gs.Constant] | None:

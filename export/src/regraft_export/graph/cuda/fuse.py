@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -28,7 +29,7 @@ from regraft_export.graph.cuda.images_first import images_first
 from regraft_export.graph.cuda.inferred_shapes import inferred_shapes
 from regraft_export.graph.cuda.join_constants import join_constants
 from regraft_export.graph.cuda.join_writes import join_writes
-from regraft_export.graph.cuda.known_shapes import BATCHES, fix_shapes
+from regraft_export.graph.cuda.known_shapes import fix_shapes
 from regraft_export.graph.cuda.leave_whole import leave_whole
 from regraft_export.graph.cuda.maximum import maximum_by_topk
 from regraft_export.graph.cuda.move_value_bias import move_value_bias
@@ -168,7 +169,7 @@ def fuse_built(
     graph = read(proto)
     patches, entered = _enter(graph, traced, choices)
     attentions, left = fuse_attention(graph, layout.heads, tokens, shapes)
-    fix_shapes(graph, {images: inferred_shapes(proto, images) for images in BATCHES})
+    fix_shapes(graph, partial(inferred_shapes, proto))
     seen = 0
     if constants is not None and attentions == layout.depth:  # else the graph is not used
         seen = join_constants(graph, constants)

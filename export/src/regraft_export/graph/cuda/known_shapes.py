@@ -11,14 +11,15 @@ with images (B, 1, 1), cut from the pixels; a Shape that only Expand reads stays
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from regraft_export.graph.cuda.layout import compute, is_neutral
-from regraft_export.graph.document import Editor, ancestors
+from regraft_export.graph.document import Editor
 
 Shapes = Mapping[str, tuple[object, ...]]
 BATCHES = (2, 3, 67)  # numbers of images; far apart, for what rounds
@@ -28,23 +29,26 @@ _ARITHMETIC = (
 )
 
 
-def fix_shapes(graph: gs.Graph, shapes: Mapping[int, Shapes]) -> int:
+def fix_shapes(graph: gs.Graph, shapes_for: Callable[[int], Shapes]) -> int:
     """Rewrites every target of a Reshape, and every repetition of a constant for each image.
 
     Args:
         graph: changed in place.
-        shapes: each of :data:`BATCHES` -> tensor name -> shape, as far as known; a length that is
-            not known is a string.
+        shapes_for: called with each of :data:`BATCHES` if there is anything to fix: tensor name ->
+            shape, as far as known; a length that is not known is a string.
 
     Returns:
         How many nodes were given a constant.
     """
     graph.toposort()
-    done = 0
+    shapes, done = cache(shapes_for), 0
     for node in list(graph.nodes):
         if node.op not in ("Reshape", "Tile", "Expand") or isinstance(node.inputs[1], gs.Constant):
             continue
-        found = [_value(graph, node.inputs[1], shapes[batch]) for batch in BATCHES]
+        nodes = _computation(node.inputs[1])
+        if nodes is None:
+            continue
+        found = [_value(graph, node.inputs[1], nodes, shapes(batch)) for batch in BATCHES]
         if any(value is None for value in found):
             continue
         values = [np.asarray(value, np.int64).reshape(-1) for value in found]
@@ -65,16 +69,33 @@ def fix_shapes(graph: gs.Graph, shapes: Mapping[int, Shapes]) -> int:
     return done
 
 
-def _value(graph: gs.Graph, target: gs.Tensor, shapes: Shapes) -> NDArray[np.generic] | None:
-    """A shape's value for these shapes; None if it depends on more."""
-    nodes = ancestors(target, stop=[])
+def _computation(target: gs.Tensor) -> list[gs.Node] | None:
+    """The nodes that compute a shape from shapes alone; None if it depends on more.
+
+    It ends at Shape nodes: what is behind them is the model, and large.
+    """
+    found: dict[int, gs.Node] = {}
+    waiting = list(target.inputs)
+    while waiting:
+        node = waiting.pop()
+        if id(node) in found:
+            continue
+        # Neutral nodes would be left out of the computation.
+        if node.op not in _ARITHMETIC or node.domain or is_neutral(node):
+            return None
+        found[id(node)] = node
+        if node.op != "Shape":
+            waiting += [maker for tensor in node.inputs for maker in tensor.inputs]
+            if any(isinstance(t, gs.Variable) and not t.inputs for t in node.inputs):
+                return None
+    return list(found.values()) if any(n.op == "Shape" for n in found.values()) else None
+
+
+def _value(
+    graph: gs.Graph, target: gs.Tensor, nodes: list[gs.Node], shapes: Shapes
+) -> NDArray[np.generic] | None:
+    """A shape's value for these shapes, as far as they are known."""
     sources = [n for n in nodes if n.op == "Shape"]
-    for source in sources:
-        nodes = [n for n in nodes if n not in ancestors(source.inputs[0], stop=[])]
-    if not sources or any(n.op not in _ARITHMETIC or n.domain for n in nodes):
-        return None
-    if any(is_neutral(n) for n in nodes):  # they are left out of the computation
-        return None
     given: dict[str, NDArray[np.generic]] = {}
     for source in sources:
         value = source.inputs[0]
@@ -86,13 +107,13 @@ def _value(graph: gs.Graph, target: gs.Tensor, shapes: Shapes) -> NDArray[np.gen
 
 
 def _once_an_image(
-    node: gs.Node, values: list[NDArray[np.int64]], shapes: Mapping[int, Shapes]
+    node: gs.Node, values: list[NDArray[np.int64]], shapes: Callable[[int], Shapes]
 ) -> bool:
     """Whether (B, 1, 1) repeats one row for each image; Tile would multiply more rows."""
     if [value.tolist() for value in values] != [[images, 1, 1] for images in BATCHES]:
         return False
     row = node.inputs[0]
-    known = row.values.shape if isinstance(row, gs.Constant) else shapes[BATCHES[0]].get(row.name)
+    known = row.values.shape if isinstance(row, gs.Constant) else shapes(BATCHES[0]).get(row.name)
     return node.op == "Expand" or (known is not None and len(known) == 3 and known[0] == 1)
 
 

@@ -69,7 +69,9 @@ def compile_library(folder: Path) -> dict[str, str]:
     if (nvcc, sources) not in _compiled:
         _compiled[nvcc, sources] = _compile(nvcc, folder)
     content, version = _compiled[nvcc, sources]
-    (folder / LIBRARY).write_bytes(content)
+    file = folder / LIBRARY
+    file.unlink(missing_ok=True)  # to write into one that is loaded would crash the process
+    file.write_bytes(content)
     return {"sources": sources, "nvcc": version}
 
 

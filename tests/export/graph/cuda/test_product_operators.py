@@ -1,0 +1,151 @@
+"""Products, GELUs and rows by regraft's own operators: where they fit, and where they do not."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+from numpy.typing import NDArray
+from onnx import helper
+from tests.export.graph.cuda.test_operators import spelled
+from tests.export.graph.cuda.test_rewrites import D, T, model, ops, run
+from tests.support import graphs
+
+from regraft_export.graph.cuda.fuse_bias_gelu import fuse_bias_gelu
+from regraft_export.graph.cuda.join_writes import join_writes
+from regraft_export.graph.cuda.own_functions import spell_out
+from regraft_export.graph.cuda.product_operator import gelus_by_operator, products_by_operator
+from regraft_export.graph.cuda.redirect_operator import DOMAIN
+from regraft_export.graph.document import write
+
+Dims = tuple[object, ...]
+TOKENS: dict[str, Dims] = {"x": ("b", T, D)}
+WIDE = {"w": (D, 2 * D), "c": (2 * D,), "wide": (2 * D, D)}
+BIASED = "u = MatMul(x, w) h = Add(u, c) y = MatMul(h, wide)"
+
+
+def test_products_take_their_biases_along() -> None:
+    before, graph = run(model(BIASED, **WIDE)), model(BIASED, **WIDE)
+    assert products_by_operator(graph, {**TOKENS, "h": ("b", T, 2 * D)}) == 2
+    graph.cleanup()
+    assert ops(graph) == {"BiasedProduct_fp32": 1, "Product_fp32": 1}
+    for node, width in zip(graph.nodes, (2 * D, D), strict=True):
+        assert node.outputs[0].shape == ["batch", T, width]
+    np.testing.assert_allclose(spelled(graph), before, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "weights", "biased"),
+    [
+        ("u = MatMul(x, w) y = Add(u, u)", {"w": (D, D)}, False),
+        ("u = MatMul(x, w) v = Add(u, c) y = Add(u, v)", {"w": (D, D), "c": (D,)}, False),
+        ("u = MatMul(x, w) y = Add(u, c)", {"w": (D, D), "c": (1, T, D)}, False),
+        ("u = MatMul(x, w) y = Add(u, c)", {"w": (D, D), "c": (1,)}, False),
+        ("u = MatMul(x, w) y = Add(c, u)", {"w": (D, D), "c": (D,)}, True),
+    ],
+    ids=["itself", "read twice", "of tokens", "a scalar", "turned"],
+)
+def test_other_sums_stay_behind_the_product(
+    nodes: str, weights: dict[str, object], biased: bool
+) -> None:
+    before, graph = run(model(nodes, **weights)), model(nodes, **weights)
+    assert products_by_operator(graph, TOKENS) == 1
+    graph.cleanup()
+    assert ops(graph)["BiasedProduct_fp32"] == biased
+    np.testing.assert_allclose(spelled(graph), before, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "weights", "shapes"),
+    [
+        ("y = MatMul(x, w)", {"w": (D, D)}, {"x": ("b", 2, T, D)}),
+        ("y = MatMul(x, w)", {"w": (D, D)}, {"x": ("b", "t", D)}),
+        ("y = MatMul(x, w)", {"w": (D, D)}, {"x": ("b", 1, D)}),
+        ("y = MatMul(x, w)", {"w": (1, D, D)}, TOKENS),
+        ("u = MatMul(x, w) y = MatMul(u, v)", {"w": (D, 4), "v": (4, D)}, TOKENS),
+        ("t = Transpose<perm = [0, 2, 1]>(x) u = MatMul(x, t) y = MatMul(u, x)", {}, TOKENS),
+    ],
+    ids=["rank 4", "free tokens", "one row", "batched weight", "not a multiple of 8", "no weight"],
+)
+def test_other_products_are_left(
+    nodes: str, weights: dict[str, object], shapes: dict[str, Dims]
+) -> None:
+    graph = model(nodes, **weights)
+    for tensor in (*graph.inputs, *graph.outputs):
+        tensor.shape = None  # what is known is in the table
+    assert products_by_operator(graph, shapes) == 0
+
+
+def biased_gelu(width: int = D) -> gs.Graph:
+    nodes = "h = MatMul(x, w) s = Add(h, c) g = Gelu(s) y = MatMul(g, v)"
+    graph = model(nodes, w=(D, width), c=(width,), v=(width, D))
+    assert fuse_bias_gelu(graph) == 1
+    return graph
+
+
+def test_a_biased_gelu_is_one_node() -> None:
+    before, graph = run(biased_gelu()), biased_gelu()
+    assert gelus_by_operator(graph, {"h": ("b", T, D)}) == 1
+    graph.cleanup()
+    assert ops(graph) == {"MatMul": 2, "BiasedGelu_fp32": 1}
+    (node,) = [n for n in graph.nodes if n.op == "BiasedGelu_fp32"]
+    assert node.outputs[0].shape == ["batch", T, D]
+    np.testing.assert_allclose(spelled(graph), before, atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "tokens"), [(12, T), (D, "t")])
+def test_other_gelus_are_left(width: int, tokens: object) -> None:
+    assert gelus_by_operator(biased_gelu(width), {"h": ("b", tokens, width)}) == 0
+
+
+REDIRECTED = """h = MatMul(r, w) g = Neg(h)
+s = regraft.AddRedirected_fp32(h, x, columns, signs, rows)
+o = regraft.Product_fp32(h, wide) y = Add(o, s)"""
+ROW = """h = MatMul(r, w) s = regraft.AddRow_fp32(x, row)
+o = regraft.Product_fp32(h, wide) y = Add(s, o)"""
+INPUTS = f"float[b, {T}, {D}] x, float[b, {T}, {D}] r"
+WEIGHTS = {
+    "w": (D, 2 * D),
+    "wide": (2 * D, D),
+    "columns": np.array([3, 5]),
+    "signs": np.array([1, -1], np.float32),
+    "rows": (2, D),
+    "row": (D,),
+}
+
+
+def values(graph: gs.Graph) -> NDArray[np.float32]:
+    graph.import_domains = [*graph.import_domains, helper.make_opsetid(DOMAIN, 1)]
+    for output in graph.outputs:
+        output.dtype = np.float32
+    proto = write(graph, shapes_changed=False)
+    spell_out(proto)
+    rng = np.random.default_rng(1)
+    feeds = {name: rng.normal(size=(3, T, D)).astype(np.float32) for name in "xr"}
+    (value,) = graphs.run(proto, feeds, optimize=False).values()
+    return np.asarray(value, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "name"), [(REDIRECTED, "ProductRedirected_fp32"), (ROW, "ProductRow_fp32")]
+)
+def test_a_row_is_written_beside_the_product(nodes: str, name: str) -> None:
+    before, graph = values(model(nodes, x=INPUTS, **WEIGHTS)), model(nodes, x=INPUTS, **WEIGHTS)
+    assert join_writes(graph) == 1
+    assert ops(graph) == {"MatMul": 1, name: 1, "Add": 1}
+    np.testing.assert_allclose(values(graph), before, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        REDIRECTED.replace("regraft.Product_fp32(h", "MatMul(h"),
+        REDIRECTED.replace("y = Add(o, s)", "n = Neg(o) y = Add(n, s)"),
+        REDIRECTED.replace("Product_fp32(h", "Product_fp32(g"),
+        """h = MatMul(r, w) o = regraft.Product_fp32(h, wide) z = Neg(o)
+        s = regraft.AddRedirected_fp32(h, z, columns, signs, rows) y = Add(o, s)""",
+    ],
+    ids=["no operator", "not added", "other hidden units", "the residual needs the product"],
+)
+def test_other_rows_are_written_alone(nodes: str) -> None:
+    assert join_writes(model(nodes, x=INPUTS, **WEIGHTS)) == 0
