@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.support.fake_tensorrt import Status
 
 from regraft.bundle import Bundle, record
 from regraft.engines import Engine, EngineOptions, open_engine, open_graph, parts
+from regraft.engines.ort_cuda.gate import GATE, Gate
 from regraft.engines.ort_cuda.runner import LARGEST
 from regraft.errors import EngineError, ImageError
 from regraft.extractor import Extractor
@@ -227,6 +229,48 @@ def test_engines_do_not_disturb_each_others_recordings(ort: Fake, graph: Path) -
     assert not failures
     assert not ort.cudart.forbidden
     assert ort.cudart.live == 0
+
+
+def test_nothing_waits_for_an_engine_that_is_opened(ort: Fake, graph: Path) -> None:
+    with open_engine(graph, "ort-cuda") as engine:
+        engine.run(pixels(1))
+        with GATE.opening():  # elsewhere, for seconds
+            for count in (1, 3, 3):
+                expected = right(graph, pixels(count))["pooler_output"]
+                found = engine.run(pixels(count))["pooler_output"]
+                np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        assert {number for _, number in ort.sessions[0].recorded} == {2}
+        engine.run(pixels(3))
+        assert {number for _, number in ort.sessions[0].recorded} == {2, 8}
+
+
+def test_runs_wait_for_a_recording_and_a_recording_for_runs() -> None:
+    gate, passed = Gate(), []
+    running, recorded = threading.Event(), threading.Event()
+
+    def record() -> None:
+        with gate.alone() as alone:
+            passed.append(("recorded", alone))
+            recorded.wait(0.05)
+            passed.append(("done", alone))
+
+    def run() -> None:
+        running.wait()
+        with gate.together():
+            passed.append(("ran", True))
+
+    threads = [threading.Thread(target=work) for work in (record, run)]
+    with gate.together():
+        threads[0].start()
+        while not gate._waiting:  # it waits for this run, and later runs for it
+            time.sleep(0.001)
+        threads[1].start()
+        running.set()
+        assert not recorded.wait(0.02)
+        assert not passed
+    for thread in threads:
+        thread.join()
+    assert passed == [("recorded", True), ("done", True), ("ran", True)]
 
 
 def test_where_no_second_slot_fits_one_has_to_do(

@@ -185,7 +185,7 @@ class OrtCudaEngine(Engine):
         said = io.StringIO()
         with redirect_stdout(said):  # it prints what it cannot load; answers go to stdout
             ort.preload_dlls()
-        with GATE.together():
+        with GATE.opening():
             return self._open_session(ort, graph, options, said.getvalue())
 
     def _open_session(

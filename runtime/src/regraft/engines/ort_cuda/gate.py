@@ -13,43 +13,68 @@ from contextlib import contextmanager
 
 
 class Gate:
-    """Many may pass together, or one alone; who waits to be alone goes first. Not to be nested."""
+    """Runs pass together, and beside them who opens or closes an engine; who records is alone.
+
+    Who waits to be alone goes before runs that come later. Not to be nested.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._passing = self._waiting = 0
+        self._running = self._opening = self._waiting = 0
         self._alone = False
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """For calls that record nothing: runs, and opening and closing, which may take seconds."""
+        """For a run, which records nothing."""
         with self._changed:
-            self._changed.wait_for(lambda: not (self._alone or self._waiting))
-            self._passing += 1
+            self._changed.wait_for(self._free)
+            self._running += 1
         try:
             yield
         finally:
             with self._changed:
-                self._passing -= 1
+                self._running -= 1
                 self._changed.notify_all()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """For what records."""
+    def opening(self) -> Iterator[None]:
+        """For opening and closing an engine, which may take seconds."""
+        with self._changed:
+            self._changed.wait_for(self._free)
+            self._opening += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._opening -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """For what records: true, and nobody else passes; or false where an engine is opened.
+
+        Waiting for that would hold up all runs for as long.
+        """
         with self._changed:
             self._waiting += 1
             try:
-                self._changed.wait_for(lambda: not (self._alone or self._passing))
-                self._alone = True
+                self._changed.wait_for(
+                    lambda: not self._alone and (self._opening > 0 or self._running == 0)
+                )
+                got = self._alone = self._opening == 0
             finally:
                 self._waiting -= 1
                 self._changed.notify_all()
         try:
-            yield
+            yield got
         finally:
-            with self._changed:
-                self._alone = False
-                self._changed.notify_all()
+            if got:
+                with self._changed:
+                    self._alone = False
+                    self._changed.notify_all()
+
+    def _free(self) -> bool:
+        return not (self._alone or self._waiting)
 
 
 GATE = Gate()

@@ -127,10 +127,7 @@ class Runner:
             return self._cuda.seconds(self._streams[1], work) / runs
 
     def _free(self, bucket: int) -> Slot:
-        """A slot that is not in use; if there is none, the older one, once it has been emptied.
-
-        Its graph is recorded.
-        """
+        """A slot that is not in use; if there is none, the older one, once it has been emptied."""
         slots = self._slots.setdefault(bucket, [])
         idle = next((slot for slot in slots if slot.job is None), None)
         if idle is None and len(slots) < self._most:
@@ -139,9 +136,8 @@ class Runner:
             idle = slots[0]
             with GATE.together():
                 idle.empty()
-        if idle.is_new:
-            with GATE.alone():
-                self._record(idle)
+        if self.graphs and idle.is_new:
+            self._record(idle)
         # The one that was handed out last stands last.
         slots[:] = [*(slot for slot in slots if slot is not idle), idle]
         return idle
@@ -149,8 +145,7 @@ class Runner:
     def _another(self, bucket: int, number: int) -> Slot | None:
         """A new slot; None if there is no memory for it, and one that can do its work."""
         try:
-            with GATE.alone():
-                return self._prepare(bucket, number)
+            return self._prepare(bucket, number)
         except Exception as error:  # onnxruntime's have no common base
             full = any(sign in str(error).lower() for sign in NO_MEMORY)
             if number == 0 or not full:
@@ -164,32 +159,53 @@ class Runner:
         return None
 
     def _prepare(self, bucket: int, number: int) -> Slot:
+        """A slot that has run once: all memory that it ever takes is taken here."""
+        taken = ExitStack()
+        try:
+            with GATE.together():
+                slot = self._bound(taken, bucket, str(_SLOTS * bucket + number))
+            if not (self.graphs and self._record(slot)):
+                with GATE.together():
+                    slot.compute()
+                    self._cuda.wait(self._streams[1])
+        except BaseException:
+            with GATE.together():
+                taken.close()
+            raise
+        self._stack.enter_context(taken)
+        return slot
+
+    def _bound(self, taken: ExitStack, bucket: int, graph: str) -> Slot:
+        """A slot with memory for a bucket; what it takes is freed by ``taken``."""
+        slot = Slot(self._cuda, self._streams, taken, self._parts)
+        binding = self._session.io_binding()
+        for name, shape in self._inner.items():
+            address = slot.place(name, (bucket, *shape))
+            bind = binding.bind_input if name == INPUT else binding.bind_output
+            bind(name, "cuda", 0, np.float32, [bucket, *shape], address)
+        options = {False: self._options(_SKIP), True: self._options(graph)}
+        slot.session = lambda recorded: self._session.run_with_iobinding(binding, options[recorded])
+        return slot
+
+    def _options(self, graph: str) -> Any:
+        """Of a run: the first with a new number records it, the others replay it."""
         options = self._ort.RunOptions()
-        # One graph for each slot; the first run with a new number records it.
-        graph = str(_SLOTS * bucket + number) if self.graphs else _SKIP
         options.add_run_config_entry("gpu_graph_id", graph)
         # The copies back wait on the card; waiting for the session first would cost a round.
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        with ExitStack() as taken:
-            slot = Slot(self._cuda, self._streams, taken, self._parts)
-            binding = self._session.io_binding()
-            for name, shape in self._inner.items():
-                address = slot.place(name, (bucket, *shape))
-                bind = binding.bind_input if name == INPUT else binding.bind_output
-                bind(name, "cuda", 0, np.float32, [bucket, *shape], address)
-            slot.session = lambda: self._session.run_with_iobinding(binding, options)
-            self._record(slot)
-            self._stack.enter_context(taken.pop_all())
-        return slot
+        return options
 
-    def _record(self, slot: Slot) -> None:
-        """The first run on a slot; all memory that it ever takes is taken here."""
-        slot.compute()
-        self._cuda.wait(self._streams[1])
+    def _record(self, slot: Slot) -> bool:
+        """Records this thread's graph of a slot; not while an engine is opened: the next time."""
+        with GATE.alone() as alone:
+            if alone:
+                slot.record()
+                self._cuda.wait(self._streams[1])
+        return alone
 
     def close(self) -> None:
         """Frees everything; the runner cannot be used afterwards. Closing twice is allowed."""
-        with GATE.together():
+        with GATE.opening():
             self._slots.clear()
             self._session = None  # before the stream it runs on
             self._stack.close()

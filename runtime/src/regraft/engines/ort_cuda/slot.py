@@ -41,7 +41,7 @@ class Slot:
 
     Attributes:
         job: what is in it; None if it is free.
-        session: runs the session on its buffers; set once they are bound.
+        session: runs the session on its buffers, as a CUDA graph or not; set once they are bound.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Slot:
         self._host: dict[str, tuple[int, Array]] = {}
         self._uploaded, self._computed, self._downloaded = (cuda.event(stack) for _ in range(3))
         self.job: Job | None = None
-        self.session: Callable[[], None]
+        self.session: Callable[[bool], None]
         self._here = threading.local()
 
     def place(self, name: str, shape: tuple[int, ...]) -> int:
@@ -86,13 +86,17 @@ class Slot:
 
     @property
     def is_new(self) -> bool:
-        """Whether this thread's next run records: its graphs are its own."""
-        return not getattr(self._here, "ran", False)
+        """Whether this thread has recorded no graph of it: its graphs are its own."""
+        return not getattr(self._here, "recorded", False)
+
+    def record(self) -> None:
+        """Starts the run that records this thread's graph."""
+        self.session(True)
+        self._here.recorded = True
 
     def compute(self) -> None:
-        """Starts a run on its buffers."""
-        self.session()
-        self._here.ran = True
+        """Starts a run on its buffers, as a graph if there is one."""
+        self.session(not self.is_new)
 
     def launch(self, pixels: Array, outputs: Sequence[str]) -> Job:
         """Starts a batch: copy in, compute, copy the named outputs back."""

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-namespace regraft {
+namespace regraft::kernels {
 
 constexpr int kThreads = 256;
 constexpr int kFew = 128;
@@ -158,4 +158,4 @@ biased_gelu(const T* x, const T* bias, T* y, std::int64_t rows, int hidden, int 
   }
 }
 
-}  // namespace regraft
+}  // namespace regraft::kernels

@@ -7,21 +7,16 @@
 // size that is not in it gets cuBLASLt's first proposal.
 #pragma once
 
-#include <cublasLt.h>
-#include <cuda_runtime.h>
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <array>
-#include <cinttypes>
 #include <cstdint>
-#include <cstdio>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
-#include <tuple>
 #include <vector>
+
+#include "choices.cuh"
 
 namespace regraft {
 
@@ -31,131 +26,6 @@ constexpr int kRepeats = 16;              // products in a row that make one tim
 constexpr int kRounds = 11;
 constexpr std::size_t kAligned = 256;  // bytes, what cuBLASLt takes for granted
 constexpr float kGain = 0.99f;  // a later proposal has to be so much faster than an earlier one
-constexpr const char* kFile = "products.txt";
-
-// What a call says of itself: empty if it worked.
-using Text = std::string;
-
-#define REGRAFT_CUDA(call)                                            \
-  if (cudaError_t failed = (call); failed != cudaSuccess)             \
-  return std::string("regraft: ") + cudaGetErrorString(failed)
-#define REGRAFT_LT(call)                                              \
-  if (cublasStatus_t failed = (call); failed != CUBLAS_STATUS_SUCCESS) \
-  return "regraft: cuBLASLt failed with status " + std::to_string(failed)
-
-// cuBLASLt of ONNX Runtime's process, found by name, so that the library loads where there is none.
-struct Lt {
-  Text error;
-  cublasLtHandle_t handle = nullptr;
-#define REGRAFT_EACH(do)                                                                        \
-  do(Create) do(GetVersion) do(MatmulDescCreate) do(MatmulDescDestroy) do(MatmulDescSetAttribute) \
-  do(MatrixLayoutCreate) do(MatrixLayoutDestroy) do(MatmulPreferenceCreate)                     \
-  do(MatmulPreferenceDestroy) do(MatmulPreferenceSetAttribute) do(MatmulAlgoGetHeuristic)       \
-  do(MatmulAlgoCheck) do(Matmul)
-#define REGRAFT_MEMBER(name) decltype(&cublasLt##name) name = nullptr;
-  REGRAFT_EACH(REGRAFT_MEMBER)
-
-  static const Lt& get() {
-    static const Lt lt;
-    return lt;
-  }
-
- private:
-  Lt() {
-    const std::string name = "libcublasLt.so." + std::to_string(CUBLAS_VER_MAJOR);
-    void* library = dlopen(name.c_str(), RTLD_LAZY | RTLD_LOCAL);
-    if (library == nullptr) {
-      const char* said = dlerror();
-      error = "regraft: " + name + " of the CUDA toolkit that compiled the operators is not there (" +
-              (said == nullptr ? "" : said) + "); onnxruntime-gpu has to be for the same CUDA";
-      return;
-    }
-#define REGRAFT_LOAD(name)                                                             \
-  name = reinterpret_cast<decltype(name)>(dlsym(library, "cublasLt" #name));           \
-  if (name == nullptr) {                                                               \
-    error = "regraft: cuBLASLt has no cublasLt" #name;                                 \
-    return;                                                                            \
-  }
-    REGRAFT_EACH(REGRAFT_LOAD)
-    if (Create(&handle) != CUBLAS_STATUS_SUCCESS) error = "regraft: cuBLASLt does not start";
-  }
-};
-
-// (rows, inner) x (inner, columns), with or without a bias (columns,).
-struct Size {
-  int type;  // cudaDataType_t
-  int biased;
-  std::int64_t rows, inner, columns;
-
-  bool operator<(const Size& other) const { return tied() < other.tied(); }
-  std::size_t bytes_of_weight() const {
-    return static_cast<std::size_t>(inner * columns) * (type == CUDA_R_32F ? 4 : 2);
-  }
-
- private:
-  std::tuple<int, int, std::int64_t, std::int64_t, std::int64_t> tied() const {
-    return {type, biased, rows, inner, columns};
-  }
-};
-
-struct Choice {
-  cublasLtMatmulAlgo_t algorithm{};
-  std::size_t workspace = 0;
-};
-
-// The algorithms that were chosen, as read from beside the library or timed since.
-class Choices {
- public:
-  static Choices& get() {
-    static Choices choices;
-    return choices;
-  }
-  std::mutex mutex;  // for all below
-  bool tuning = false;
-  Text error;
-  std::map<Size, Choice> known;
-
-  bool save(const char* path) const {
-    std::FILE* file = std::fopen(path, "w");
-    if (file == nullptr) return false;
-    std::fprintf(file, "cublasLt %zu\n", Lt::get().GetVersion());
-    for (const auto& [size, choice] : known) {
-      std::fprintf(file, "%d %d %" PRId64 " %" PRId64 " %" PRId64 " %zu", size.type, size.biased,
-                   size.rows, size.inner, size.columns, choice.workspace);
-      for (std::uint64_t word : choice.algorithm.data) std::fprintf(file, " %" PRIx64, word);
-      std::fputc('\n', file);
-    }
-    const bool written = std::ferror(file) == 0;
-    return std::fclose(file) == 0 && written;
-  }
-
- private:
-  Choices() {
-    Dl_info info{};
-    if (dladdr(reinterpret_cast<const void*>(&Choices::get), &info) == 0) return;
-    std::string path = info.dli_fname;
-    path = path.substr(0, path.rfind('/') + 1) + kFile;
-    std::FILE* file = std::fopen(path.c_str(), "r");
-    if (file == nullptr) return;  // being built
-    std::size_t version = 0;
-    const std::size_t here = Lt::get().error.empty() ? Lt::get().GetVersion() : 0;
-    if (std::fscanf(file, "cublasLt %zu", &version) != 1 || version != here) {
-      error = "regraft: products were chosen with cuBLASLt " + std::to_string(version) +
-              ", and this is " + std::to_string(here) + "; run regraft build again";
-    }
-    Size size{};
-    Choice choice;
-    while (std::fscanf(file, "%d %d %" SCNd64 " %" SCNd64 " %" SCNd64 " %zu", &size.type,
-                       &size.biased, &size.rows, &size.inner, &size.columns,
-                       &choice.workspace) == 6) {
-      for (std::uint64_t& word : choice.algorithm.data) {
-        if (std::fscanf(file, "%" SCNx64, &word) != 1) error = "regraft: " + path + " is cut off";
-      }
-      known[size] = choice;
-    }
-    std::fclose(file);
-  }
-};
 
 // Memory for algorithms to work in: one for all products of a stream, which follow each other.
 class Workspace {
