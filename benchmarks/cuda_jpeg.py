@@ -25,9 +25,16 @@ from regraft.engines import Engine
 from regraft.pipeline import batches
 from regraft.preprocessing import Preprocessing
 from regraft.timing import Ratio, race
+from regraft_export.graph.cuda.fuse import Choices
 from regraft_export.trace import trace
 
-FORMS = {BASELINE: Form(None), "patched": Form(PER_NEURON)}
+OWN = Choices(operators=True)
+FORMS = {
+    BASELINE: Form(None),
+    "patched": Form(PER_NEURON),
+    "baseline, operators": Form(None, OWN),
+    "patched, operators": Form(PER_NEURON, OWN),
+}
 DECODING = "decoding alone"
 
 

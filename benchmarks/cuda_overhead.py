@@ -50,7 +50,7 @@ from regraft_export.trace import DTYPES, trace
 from regraft_export.vit.hooks import redirected, register_replaced
 from regraft_export.vit.structure import VisionTransformer
 
-KV = "variant kv"
+KV, OWN_KV = "variant kv", "variant kv, operators"
 OWN = Choices(operators=True)
 OWN_BASELINE = "baseline, operators"  # where an operator fits
 FORMS = {
@@ -61,6 +61,7 @@ FORMS = {
     OWN_BASELINE: Form(None, OWN),
     "patched, operators": Form(PER_NEURON, OWN),
     "constant, operators": Form(CONSTANT, OWN),
+    OWN_KV: Form(PER_NEURON, OWN, kv=True),
 }
 HOOKS, EAGER, COMPILED = "PyTorch with hooks", "PyTorch unpatched", "torch.compile unpatched"
 Rival = Callable[[int], float]  # runs in a row -> seconds per run
@@ -201,7 +202,9 @@ class _Cell:
             if form.redirect is not None and not form.kv
         }
         constants = vits.some_constants(self.vit, min(self.args.touched) + 1)
-        right[KV] = run(register_replaced(self.vit, self.neurons.neurons, constants))
+        right[KV] = right[OWN_KV] = run(
+            register_replaced(self.vit, self.neurons.neurons, constants)
+        )
         right["literal"] = right["patched"]
         return right, run(nullcontext())
 
