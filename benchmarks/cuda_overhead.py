@@ -205,7 +205,6 @@ class _Cell:
         right[KV] = right[OWN_KV] = run(
             register_replaced(self.vit, self.neurons.neurons, constants)
         )
-        right["literal"] = right["patched"]
         return right, run(nullcontext())
 
     def _torch(self, stack: ExitStack, name: str, tensor: Tensor, right: Array) -> Rival:

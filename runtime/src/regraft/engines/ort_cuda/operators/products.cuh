@@ -21,11 +21,17 @@
 namespace regraft {
 
 constexpr std::size_t kWorkspace = 32 << 20;  // bytes, what cuBLAS itself takes on Hopper
-constexpr int kProposals = 16;            // that are asked for at once
-constexpr int kRepeats = 16;              // products in a row that make one time
-constexpr int kRounds = 11;
-constexpr std::size_t kAligned = 256;  // bytes, what cuBLASLt takes for granted
-constexpr float kGain = 0.99f;  // a later proposal has to be so much faster than an earlier one
+constexpr std::size_t kAligned = 256;         // bytes, what cuBLASLt takes for granted
+constexpr int kProposals = 16;                // that are asked for at once
+constexpr int kRounds = 21;
+// A later proposal has to be so much faster than an earlier one: cuBLASLt's order breaks ties.
+constexpr float kGain = 0.997f;
+
+// How many products in a row make one time: about a millisecond's, at 400 TFLOP/s.
+inline int repeats(const Size& size) {
+  const double products = 2.0 * size.rows * size.inner * size.columns;
+  return static_cast<int>(std::clamp(4e11 / products, 4.0, 48.0));
+}
 
 // Memory for algorithms to work in: one for all products of a stream, which follow each other.
 class Workspace {
@@ -101,7 +107,7 @@ class Product {
     REGRAFT_CUDA(cudaStreamIsCapturing(stream, &recording));
     if (!choices.tuning || recording != cudaStreamCaptureStatusNone) return {};
     // What is proposed for a few rows more or less is often not proposed here, and faster.
-    for (const std::int64_t part : {-8, -32, 32, 8}) {
+    for (const std::int64_t part : {-256, 256, -32, 32, -8, 8}) {
       const std::int64_t rows = size_.rows + size_.rows / part;
       if (Text failed = propose(rows, &all); !failed.empty()) return failed;
     }
@@ -175,7 +181,7 @@ class Product {
     int device = 0, cache = 0;
     REGRAFT_CUDA(cudaGetDevice(&device));
     REGRAFT_CUDA(cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device));
-    const Timer timer(weight, size_.bytes_of_weight(), static_cast<std::size_t>(cache), stream);
+    const Timer timer(weight, size_, static_cast<std::size_t>(cache), stream);
     if (!timer.error.empty()) return timer.error;
     std::vector<cudaGraphExec_t> graphs;
     std::vector<std::size_t> which;
@@ -217,16 +223,17 @@ class Product {
     Text error;
     cudaEvent_t start = nullptr, stop = nullptr;
     char* copies = nullptr;
-    std::size_t bytes, count;  // of a copy, as far as the next, and of copies
+    std::size_t bytes, products, count;  // from a copy to the next; in a row; copies
 
-    Timer(const void* weight, std::size_t size, std::size_t cache, cudaStream_t stream)
-        : bytes((size + kAligned - 1) / kAligned * kAligned),
-          count(std::min<std::size_t>(cache / bytes + 2, kRepeats)) {
+    Timer(const void* weight, const Size& size, std::size_t cache, cudaStream_t stream)
+        : bytes((size.bytes_of_weight() + kAligned - 1) / kAligned * kAligned),
+          products(repeats(size)),
+          count(std::min(cache / bytes + 2, products)) {
       bool made = cudaEventCreate(&start) == cudaSuccess &&
                   cudaEventCreate(&stop) == cudaSuccess &&
                   cudaMalloc(&copies, bytes * count) == cudaSuccess;
       for (std::size_t i = 0; i < count && made; ++i) {
-        made = cudaMemcpyAsync(copies + i * bytes, weight, size, cudaMemcpyDeviceToDevice,
+        made = cudaMemcpyAsync(copies + i * bytes, weight, size.bytes_of_weight(), cudaMemcpyDeviceToDevice,
                                stream) == cudaSuccess;
       }
       if (!made) error = std::string("regraft: ") + cudaGetErrorString(cudaGetLastError());
@@ -245,7 +252,7 @@ class Product {
       cudaGraph_t graph = nullptr;
       REGRAFT_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
       bool fine = true;
-      for (int i = 0; i < kRepeats && fine; ++i) {
+      for (std::size_t i = 0; i < products && fine; ++i) {
         fine = call(copies + i % count * bytes);
       }
       REGRAFT_CUDA(cudaStreamEndCapture(stream, &graph));
