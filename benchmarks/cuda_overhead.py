@@ -202,9 +202,8 @@ class _Cell:
             if form.redirect is not None and not form.kv
         }
         constants = vits.some_constants(self.vit, min(self.args.touched) + 1)
-        right[KV] = right[OWN_KV] = run(
-            register_replaced(self.vit, self.neurons.neurons, constants)
-        )
+        right[KV] = run(register_replaced(self.vit, self.neurons.neurons, constants))
+        right |= {"literal": right["patched"], OWN_KV: right[KV]}
         return right, run(nullcontext())
 
     def _torch(self, stack: ExitStack, name: str, tensor: Tensor, right: Array) -> Rival:
