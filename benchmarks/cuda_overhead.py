@@ -4,7 +4,7 @@ Run as ``python -m benchmarks.cuda_overhead`` on a machine with a card. Each mod
 then all rivals of one batch size run in one process, in an order that changes every round, and what
 they return is checked against PyTorch with hooks in float32. Times are the card's own, of several
 runs in a row, without copies; ``first_ms`` are single runs, with the time to start them. Graphs
-with regraft's own operators are compared with a baseline that has them where it has gates. A rival
+with regraft's own operators are compared with a baseline that has them, too. A rival
 that fails or finds no memory is left out and its reason recorded; without the baseline nothing is
 timed. A result file that exists is continued; a cell of the same settings is replaced.
 """
