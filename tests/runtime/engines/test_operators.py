@@ -149,6 +149,14 @@ def test_what_was_chosen_has_to_be_kept(
         OrtCudaEngine.build(graph, "fp32", {}, tmp_path, lambda what, *_: None)
 
 
+def test_a_library_that_cannot_be_loaded_says_so(
+    ort: Fake, graph: Path, nvcc: Compiler, tmp_path: Path
+) -> None:
+    nvcc('[ -z "$out" ] && exit; echo no library > "$out"')
+    with pytest.raises(EngineError, match="the compiled operators cannot be loaded"):
+        OrtCudaEngine.build(graph, "fp32", {}, tmp_path, lambda what, *_: None)
+
+
 def test_the_same_is_compiled_once_for_all_graphs(
     nvcc: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -244,6 +244,26 @@ def test_nothing_waits_for_an_engine_that_is_opened(ort: Fake, graph: Path) -> N
         assert {number for _, number in ort.sessions[0].recorded} == {2, 8}
 
 
+def test_what_cannot_be_recorded_later_runs_without(
+    ort: Fake, graph: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ort.full_at = 1
+    with open_engine(graph, "ort-cuda") as engine:
+        engine.run(pixels(1))
+        with GATE.opening():
+            engine.run(pixels(3))
+        for _ in range(3):  # there is memory for one recording alone
+            expected = right(graph, pixels(3))["pooler_output"]
+            found = engine.run(pixels(3))["pooler_output"]
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        assert caplog.text.count("too little free memory for a CUDA graph more") == 1
+        ort.full_at = 0
+        with GATE.opening():
+            engine.run(pixels(5))
+        engine.run(pixels(5))
+        assert {number for _, number in ort.sessions[0].recorded} == {2, 16}
+
+
 def test_runs_wait_for_a_recording_and_a_recording_for_runs() -> None:
     gate, passed = Gate(), []
     running, recorded = threading.Event(), threading.Event()

@@ -61,11 +61,20 @@ def test_other_sums_stay_behind_the_product(
         ("y = MatMul(x, w)", {"w": (D, D)}, {"x": ("b", 2, T, D)}),
         ("y = MatMul(x, w)", {"w": (D, D)}, {"x": ("b", "t", D)}),
         ("y = MatMul(x, w)", {"w": (D, D)}, {"x": ("b", 1, D)}),
+        ("y = MatMul(x, w)", {"w": (D, D)}, {"x": (3, T, D)}),
         ("y = MatMul(x, w)", {"w": (1, D, D)}, TOKENS),
         ("u = MatMul(x, w) y = MatMul(u, v)", {"w": (D, 4), "v": (4, D)}, TOKENS),
         ("t = Transpose<perm = [0, 2, 1]>(x) u = MatMul(x, t) y = MatMul(u, x)", {}, TOKENS),
     ],
-    ids=["rank 4", "free tokens", "one row", "batched weight", "not a multiple of 8", "no weight"],
+    ids=[
+        "rank 4",
+        "free tokens",
+        "one row",
+        "fixed batch",
+        "batched weight",
+        "not a multiple of 8",
+        "no weight",
+    ],
 )
 def test_other_products_are_left(
     nodes: str, weights: dict[str, object], shapes: dict[str, Dims]
@@ -144,8 +153,14 @@ def test_a_row_is_written_beside_the_product(nodes: str, name: str) -> None:
         REDIRECTED.replace("Product_fp32(h", "Product_fp32(g"),
         """h = MatMul(r, w) o = regraft.Product_fp32(h, wide) z = Neg(o)
         s = regraft.AddRedirected_fp32(h, z, columns, signs, rows) y = Add(o, s)""",
+        """s = regraft.AddRow_fp32(x, row) h = MatMul(s, w) o = regraft.Product_fp32(h, wide)
+        y = Add(o, s)""",
+        ROW.replace("Add(s, o)", "Mul(s, o)"),
     ],
-    ids=["no operator", "not added", "other hidden units", "the residual needs the product"],
+    ids=[
+        *("no operator", "not added", "other hidden units", "the residual needs the product"),
+        *("the product needs the sum", "multiplied"),
+    ],
 )
 def test_other_rows_are_written_alone(nodes: str) -> None:
     assert join_writes(model(nodes, x=INPUTS, **WEIGHTS)) == 0

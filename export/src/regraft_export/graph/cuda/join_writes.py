@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
+from regraft_export.graph.cuda.fuse_skip_norm import OP as SKIP_NORM
 from regraft_export.graph.cuda.redirect_operator import DOMAIN
 from regraft_export.graph.document import consumers
 
+_SUMS = ("Add", SKIP_NORM)
 _JOINED = {"AddRedirected": "ProductRedirected", "AddRow": "ProductRow"}
 
 
@@ -31,7 +33,7 @@ def join_writes(graph: gs.Graph) -> int:
         product = _added_to(write.outputs[0], f"Product_{suffix}")
         if product is None or any(product.inputs[0] is not hidden for hidden in first):
             continue
-        if _needs(residual, product):
+        if _needs(residual, product) or _needs(product.inputs[0], write):
             continue
         inputs = [*product.inputs, residual, *others]
         outputs = [product.outputs[0], write.outputs[0]]
@@ -48,7 +50,7 @@ def join_writes(graph: gs.Graph) -> int:
 
 def _added_to(total: gs.Variable, op: str) -> gs.Node | None:
     """The product that is added to a residual, with or without the norm that follows."""
-    for reader in consumers(total):
+    for reader in (n for n in consumers(total) if n.op in _SUMS):
         for other in reader.inputs[:2]:
             maker = other.inputs[0] if other is not total and other.inputs else None
             if maker is not None and maker.op == op and maker.domain == DOMAIN:

@@ -84,9 +84,9 @@ def _shape(product: gs.Node, shapes: Shapes) -> list[object] | None:
 
 
 def _tokens(value: gs.Tensor, shapes: Shapes) -> int | None:
-    """T of (B, T, N), if it is known."""
+    """T of (B, T, N), if it is known, and B is free: the batch."""
     shape: tuple[object, ...] = tuple(shapes.get(value.name) or value.shape or ())
-    tokens = shape[1] if len(shape) == 3 else None
+    tokens = shape[1] if len(shape) == 3 and not isinstance(shape[0], int) else None
     return tokens if isinstance(tokens, int) else None
 
 

@@ -136,8 +136,8 @@ class Runner:
             idle = slots[0]
             with GATE.together():
                 idle.empty()
-        if self.graphs and idle.is_new:
-            self._record(idle)
+        if self.graphs and idle.is_new and not idle.plain:
+            self._record_late(idle)
         # The one that was handed out last stands last.
         slots[:] = [*(slot for slot in slots if slot is not idle), idle]
         return idle
@@ -202,6 +202,19 @@ class Runner:
                 slot.record()
                 self._cuda.wait(self._streams[1])
         return alone
+
+    def _record_late(self, slot: Slot) -> None:
+        """Records a slot that works without; where there is no memory for it, it goes on so."""
+        try:
+            self._record(slot)
+        except Exception as error:
+            if not any(sign in str(error).lower() for sign in NO_MEMORY):
+                raise
+            slot.plain = True
+            _log.warning(
+                "ort-cuda: the card has too little free memory for a CUDA graph more; some "
+                "batches run without, more slowly"
+            )
 
     def close(self) -> None:
         """Frees everything; the runner cannot be used afterwards. Closing twice is allowed."""

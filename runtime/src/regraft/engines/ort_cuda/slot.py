@@ -41,6 +41,7 @@ class Slot:
 
     Attributes:
         job: what is in it; None if it is free.
+        plain: whether it is never recorded again, for want of memory.
         session: runs the session on its buffers, as a CUDA graph or not; set once they are bound.
     """
 
@@ -62,6 +63,7 @@ class Slot:
         self._host: dict[str, tuple[int, Array]] = {}
         self._uploaded, self._computed, self._downloaded = (cuda.event(stack) for _ in range(3))
         self.job: Job | None = None
+        self.plain = False
         self.session: Callable[[bool], None]
         self._here = threading.local()
 

@@ -110,9 +110,12 @@ def timed_products(folder: Path) -> Iterator[None]:
         folder: has the library, which sessions of this process have loaded or will load.
 
     Raises:
-        EngineError: the file cannot be written.
+        EngineError: the library cannot be loaded, or the file not be written.
     """
-    library = ctypes.CDLL(str(folder / LIBRARY))
+    try:
+        library = ctypes.CDLL(str(folder / LIBRARY))
+    except OSError as error:
+        raise EngineError(f"ort-cuda: the compiled operators cannot be loaded: {error}") from None
     library.regraft_tune(1)
     try:
         yield

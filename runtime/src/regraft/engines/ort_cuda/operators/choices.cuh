@@ -20,9 +20,14 @@ constexpr const char* kFile = "products.txt";
 // What a call says of itself: empty if it worked.
 using Text = std::string;
 
-#define REGRAFT_CUDA(call)                                            \
-  if (cudaError_t failed = (call); failed != cudaSuccess)             \
-  return std::string("regraft: ") + cudaGetErrorString(failed)
+// What failed is forgotten, lest the next launch on this thread be taken for the culprit.
+inline Text failed_with(cudaError_t error) {
+  cudaGetLastError();
+  return std::string("regraft: ") + cudaGetErrorString(error);
+}
+
+#define REGRAFT_CUDA(call) \
+  if (cudaError_t failed = (call); failed != cudaSuccess) return failed_with(failed)
 #define REGRAFT_LT(call)                                              \
   if (cublasStatus_t failed = (call); failed != CUBLAS_STATUS_SUCCESS) \
   return "regraft: cuBLASLt failed with status " + std::to_string(failed)
@@ -102,7 +107,7 @@ class Choices {
   bool save(const char* path) const {
     std::FILE* file = std::fopen(path, "w");
     if (file == nullptr) return false;
-    std::fprintf(file, "cublasLt %zu\n", Lt::get().GetVersion());
+    std::fprintf(file, "cublasLt %zu\n%zu sizes\n", Lt::get().GetVersion(), known.size());
     for (const auto& [size, choice] : known) {
       std::fprintf(file, "%d %d %" PRId64 " %" PRId64 " %" PRId64 " %zu", size.type, size.biased,
                    size.rows, size.inner, size.columns, choice.workspace);
@@ -121,23 +126,34 @@ class Choices {
     path = path.substr(0, path.rfind('/') + 1) + kFile;
     std::FILE* file = std::fopen(path.c_str(), "r");
     if (file == nullptr) return;  // being built
-    std::size_t version = 0;
-    const std::size_t here = Lt::get().error.empty() ? Lt::get().GetVersion() : 0;
-    if (std::fscanf(file, "cublasLt %zu", &version) != 1 || version != here) {
-      error = "regraft: products were chosen with cuBLASLt " + std::to_string(version) +
-              ", and this is " + std::to_string(here) + "; run regraft build again";
+    error = read(file, path);
+    std::fclose(file);
+  }
+
+  Text read(std::FILE* file, const std::string& path) {
+    const Lt& lt = Lt::get();
+    if (!lt.error.empty()) return lt.error;
+    std::size_t version = 0, count = 0;
+    if (std::fscanf(file, "cublasLt %zu", &version) != 1 || version != lt.GetVersion()) {
+      return "regraft: products were chosen with cuBLASLt " + std::to_string(version) +
+             ", and this is " + std::to_string(lt.GetVersion()) + "; run regraft build --force again";
     }
-    Size size{};
-    Choice choice;
-    while (std::fscanf(file, "%d %d %" SCNd64 " %" SCNd64 " %" SCNd64 " %zu", &size.type,
-                       &size.biased, &size.rows, &size.inner, &size.columns,
-                       &choice.workspace) == 6) {
+    const Text cut = "regraft: " + path + " is cut off; run regraft build --force again";
+    if (std::fscanf(file, "%zu sizes", &count) != 1) return cut;
+    for (std::size_t i = 0; i < count; ++i) {
+      Size size{};
+      Choice choice;
+      if (std::fscanf(file, "%d %d %" SCNd64 " %" SCNd64 " %" SCNd64 " %zu", &size.type,
+                      &size.biased, &size.rows, &size.inner, &size.columns,
+                      &choice.workspace) != 6) {
+        return cut;
+      }
       for (std::uint64_t& word : choice.algorithm.data) {
-        if (std::fscanf(file, "%" SCNx64, &word) != 1) error = "regraft: " + path + " is cut off";
+        if (std::fscanf(file, "%" SCNx64, &word) != 1) return cut;
       }
       known[size] = choice;
     }
-    std::fclose(file);
+    return {};
   }
 };
 

@@ -8,7 +8,7 @@
 // BiasedSwiGlu (x (B, T, 2H), bias (2H,)) -> y (B, T, H)
 //   silu of the first half, times the second, each with its bias.
 // BiasedGelu (x (B, T, H), bias (H,)) -> y (B, T, H)
-//   the exact GELU, by erf.
+//   GELU by erf; in half precision to a twentieth of fp16's (see `kernels.cuh`).
 // Product (x (B, T, K), weight (K, N)) -> y (B, T, N)
 // BiasedProduct (x, weight, bias (N,)) -> y
 //   by cuBLASLt, see `products.cuh`.
@@ -149,6 +149,9 @@ extern "C" __attribute__((visibility("default"))) Status* RegisterCustomOps(
   if (api == nullptr) {
     return base->get(1)->error(ort::kFail, "regraft: this ONNX Runtime is older than 1.18");
   }
+  // What was chosen is read now, while whoever opens the session holds its files.
+  const Choices& choices = Choices::get();
+  if (!choices.error.empty()) return api->error(ort::kFail, choices.error.c_str());
   ort::Domain* domain = nullptr;  // released with the process: sessions may outlive their options
   TRY(api->create_domain("regraft", &domain));
   for (const Own& op : kOperators) {

@@ -47,7 +47,10 @@ class Workspace {
     std::shared_ptr<Workspace> found = all[stream].lock();
     if (found == nullptr) {
       found = std::make_shared<Workspace>();
-      if (cudaMalloc(&found->data, kWorkspace) != cudaSuccess) return nullptr;
+      if (cudaMalloc(&found->data, kWorkspace) != cudaSuccess) {
+        cudaGetLastError();
+        return nullptr;
+      }
       all[stream] = found;
     }
     return found;
@@ -79,8 +82,7 @@ class Product {
       const cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
       REGRAFT_LT(lt.MatmulDescSetAttribute(operation_, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue,
                                            sizeof epilogue));
-      REGRAFT_LT(lt.MatmulDescSetAttribute(operation_, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias,
-                                           sizeof bias));
+      if (Text failed = bind(bias); !failed.empty()) return failed;
     }
     const auto n = static_cast<std::uint64_t>(size.columns), m = static_cast<std::uint64_t>(size.rows),
                k = static_cast<std::uint64_t>(size.inner);
@@ -113,6 +115,14 @@ class Product {
     }
     if (Text failed = fastest(all, x, weight, y, workspace, stream); !failed.empty()) return failed;
     choices.known[size_] = choice_;
+    return {};
+  }
+
+  // Where the bias is may change from run to run.
+  Text bind(const void* bias) const {
+    if (bias == nullptr) return {};
+    REGRAFT_LT(Lt::get().MatmulDescSetAttribute(operation_, CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+                                                &bias, sizeof bias));
     return {};
   }
 
@@ -248,6 +258,7 @@ class Product {
 
     template <typename Call>
     Text record(cudaStream_t stream, cudaGraphExec_t* executable, const Call& call) const {
+      // A refusal is no error: the proposal is passed over.
       if (!call(copies)) return {};  // and what is loaded on first use may not be recorded
       cudaGraph_t graph = nullptr;
       REGRAFT_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
@@ -255,10 +266,13 @@ class Product {
       for (std::size_t i = 0; i < products && fine; ++i) {
         fine = call(copies + i % count * bytes);
       }
-      REGRAFT_CUDA(cudaStreamEndCapture(stream, &graph));
-      const cudaError_t status =
-          fine ? cudaGraphInstantiate(executable, graph, 0) : cudaSuccess;
-      cudaGraphDestroy(graph);
+      cudaError_t status = cudaStreamEndCapture(stream, &graph);
+      if (fine && status == cudaSuccess) status = cudaGraphInstantiate(executable, graph, 0);
+      if (graph != nullptr) cudaGraphDestroy(graph);
+      if (!fine) {
+        cudaGetLastError();
+        return {};
+      }
       REGRAFT_CUDA(status);
       return {};
     }
@@ -296,6 +310,7 @@ class Products {
       if (!failed.empty()) return failed;
       product = std::move(fresh);
     }
+    if (Text failed = product->bind(bias); !failed.empty()) return failed;
     return product->run(x, weight, y, data, stream);
   }
 

@@ -217,11 +217,11 @@ class Beside {
   cudaStream_t stream = nullptr;
 
   Status* begin(const Api* api, cudaStream_t after) {
-    if (stream == nullptr) {
-      cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-      cudaEventCreateWithFlags(&begin_, cudaEventDisableTiming);
-      cudaEventCreateWithFlags(&end_, cudaEventDisableTiming);
-    }
+    // What was made before a failure is made no second time.
+    if (begin_ == nullptr) cudaEventCreateWithFlags(&begin_, cudaEventDisableTiming);
+    if (end_ == nullptr) cudaEventCreateWithFlags(&end_, cudaEventDisableTiming);
+    if (stream == nullptr) cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    TRY(launched(api));
     cudaEventRecord(begin_, after);
     cudaStreamWaitEvent(stream, begin_);
     return launched(api);
@@ -274,9 +274,11 @@ Status* product_and(Kernel* kernel, KernelContext* context, cudaStream_t stream)
   const Api* api = kernel->api;
   TRY(kernel->beside.begin(api, stream));
   // The small one first: behind the product, which fills the card, it would wait for its end.
-  TRY(Written(api, context, kernel->beside.stream, 2, 1));
-  TRY((product<T, false>(api, context, stream, &kernel->products)));
-  return kernel->beside.join(api, stream);
+  Status* failed = Written(api, context, kernel->beside.stream, 2, 1);
+  if (failed == nullptr) failed = product<T, false>(api, context, stream, &kernel->products);
+  // After a failure, too: what runs beside still reads memory that is given back now.
+  Status* joined = kernel->beside.join(api, stream);
+  return failed != nullptr ? failed : joined;
 }
 
 }  // namespace regraft
