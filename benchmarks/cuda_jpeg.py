@@ -18,23 +18,19 @@ from typing import Any
 import torch
 
 from benchmarks import vits
-from benchmarks.cuda_graphs import BASELINE, OUTPUT, PER_NEURON, Form, open_cuda, write_forms
+from benchmarks.cuda_graphs import BASELINE, OUTPUT, open_cuda, write_forms
+from benchmarks.cuda_overhead import FORMS as ALL
+from benchmarks.cuda_overhead import OWN_BASELINE
 from benchmarks.extract import pictures
 from benchmarks.machine import RESULTS, circumstances, write_results
 from regraft.engines import Engine
 from regraft.pipeline import batches
 from regraft.preprocessing import Preprocessing
 from regraft.timing import Ratio, race
-from regraft_export.graph.cuda.fuse import Choices
 from regraft_export.trace import trace
 
-OWN = Choices(operators=True)
-FORMS = {
-    BASELINE: Form(None),
-    "patched": Form(PER_NEURON),
-    "baseline, operators": Form(None, OWN),
-    "patched, operators": Form(PER_NEURON, OWN),
-}
+# Named as cuda_overhead names them, whose graphs --graphs takes.
+FORMS = {name: ALL[name] for name in (BASELINE, "patched", OWN_BASELINE, "patched, operators")}
 DECODING = "decoding alone"
 
 

@@ -42,7 +42,6 @@ from benchmarks.cuda_graphs import (
     write_forms,
 )
 from benchmarks.machine import RESULTS, circumstances, write_results
-from regraft.engines.ort_cuda.operators import SUFFIX
 from regraft.neurons import Neurons
 from regraft.timing import Ratio, Times, compare
 from regraft_export.graph.cuda.fuse import Choices
@@ -52,7 +51,7 @@ from regraft_export.vit.structure import VisionTransformer
 
 KV, OWN_KV = "variant kv", "variant kv, operators"
 OWN = Choices(operators=True)
-OWN_BASELINE = "baseline, operators"  # where an operator fits
+OWN_BASELINE = "baseline, operators"
 FORMS = {
     BASELINE: Form(None),
     "patched": Form(PER_NEURON),
@@ -150,9 +149,7 @@ class _Cell:
         rivals: dict[str, Rival] = {}
         with ExitStack() as stack, torch.no_grad():
             right |= {BASELINE: plain, OWN_BASELINE: plain}
-            fits = (self.folder / f"{OWN_BASELINE}{SUFFIX}").exists()
-            names = [name for name in FORMS if fits or name != OWN_BASELINE]
-            for name in [*names, *(["literal"] if self.args.literal else [])]:
+            for name in [*FORMS, *(["literal"] if self.args.literal else [])]:
                 self._add(rivals, name, partial(self._graph, stack, name, right))
             dtype = DTYPES[self.args.precision]
             tensor = torch.from_numpy(self.pixels).cuda().to(dtype)

@@ -117,14 +117,16 @@ ONE[0, -1] = 1
 LAYER = {**BLOCKS, "onehot": ONE}
 
 
-def spelled(graph: gs.Graph) -> NDArray[np.float32]:
+def spelled(graph: gs.Graph, inputs: str = "x") -> NDArray[np.float32]:
+    """What a graph gives for drawn inputs, operators spelled out; a letter an input."""
     graph.import_domains = [*graph.import_domains, helper.make_opsetid(DOMAIN, 1)]
     for output in graph.outputs:
         output.dtype = np.float32
     proto = write(graph, shapes_changed=False)
     spell_out(proto)
-    x = np.random.default_rng(1).normal(size=(3, T, D)).astype(np.float32)
-    (value,) = graphs.run(proto, {"x": x}, optimize=False).values()
+    rng = np.random.default_rng(1)
+    feeds = {name: rng.normal(size=(3, T, D)).astype(np.float32) for name in inputs}
+    (value,) = graphs.run(proto, feeds, optimize=False).values()
     return np.asarray(value, np.float32)
 
 

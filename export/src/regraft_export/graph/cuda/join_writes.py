@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 
 from regraft_export.graph.cuda.fuse_skip_norm import OP as SKIP_NORM
 from regraft_export.graph.cuda.redirect_operator import DOMAIN
-from regraft_export.graph.document import consumers
+from regraft_export.graph.document import ancestors, consumers
 
 _SUMS = ("Add", SKIP_NORM)
 _JOINED = {"AddRedirected": "ProductRedirected", "AddRow": "ProductRow"}
@@ -33,7 +33,9 @@ def join_writes(graph: gs.Graph) -> int:
         product = _added_to(write.outputs[0], f"Product_{suffix}")
         if product is None or any(product.inputs[0] is not hidden for hidden in first):
             continue
-        if _needs(residual, product) or _needs(product.inputs[0], write):
+        # Neither may need the other.
+        before = (*ancestors(residual), *ancestors(product.inputs[0]))
+        if any(node is product or node is write for node in before):
             continue
         inputs = [*product.inputs, residual, *others]
         outputs = [product.outputs[0], write.outputs[0]]
@@ -56,17 +58,3 @@ def _added_to(total: gs.Variable, op: str) -> gs.Node | None:
             if maker is not None and maker.op == op and maker.domain == DOMAIN:
                 return maker
     return None
-
-
-def _needs(value: gs.Tensor, node: gs.Node) -> bool:
-    """Whether a node comes before a tensor."""
-    seen: set[int] = set()
-    waiting = list(value.inputs)
-    while waiting:
-        maker = waiting.pop()
-        if maker is node:
-            return True
-        if id(maker) not in seen:
-            seen.add(id(maker))
-            waiting += [before for tensor in maker.inputs for before in tensor.inputs]
-    return False

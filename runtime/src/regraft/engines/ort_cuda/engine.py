@@ -25,7 +25,7 @@ from regraft.engines.ort_cuda.operators import (
     source_sha256,
     timed_products,
 )
-from regraft.engines.ort_cuda.runner import NO_MEMORY, SIZES, Runner
+from regraft.engines.ort_cuda.runner import NO_MEMORY, SIZES, Runner, is_full
 from regraft.engines.parts import parts_of, shapes_of
 from regraft.errors import EngineError, how_to_install
 from regraft.manifest import INPUT
@@ -160,7 +160,7 @@ class OrtCudaEngine(Engine):
                 try:
                     engine.run(drawn.normal(size=(size, 3, *engine.size)).astype(np.float32))
                 except EngineError as error:
-                    if done == 0 or not any(sign in str(error).lower() for sign in NO_MEMORY):
+                    if done == 0 or not is_full(error):
                         raise
                     _log.warning(
                         "ort-cuda: the card has too little free memory for batches of %d; their "
@@ -251,7 +251,7 @@ class OrtCudaEngine(Engine):
             "onnxruntime": version,
             "device": card,
             "graph": self.graph.name,
-            "batches": "" if runner is None else ",".join(map(str, runner.sizes)),
+            "batches": "" if runner is None else ",".join(map(str, SIZES)),
             "cuda graphs": "yes" if runner is not None and runner.graphs else "no",
         }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 
 class Gate:
@@ -20,33 +20,28 @@ class Gate:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._running = self._opening = self._waiting = 0
+        self._passing = {"runs": 0, "openings": 0}
+        self._waiting = 0
         self._alone = False
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self) -> AbstractContextManager[None]:
         """For a run, which records nothing."""
-        with self._changed:
-            self._changed.wait_for(self._free)
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._running -= 1
-                self._changed.notify_all()
+        return self._pass("runs")
+
+    def opening(self) -> AbstractContextManager[None]:
+        """For opening and closing an engine, which may take seconds."""
+        return self._pass("openings")
 
     @contextmanager
-    def opening(self) -> Iterator[None]:
-        """For opening and closing an engine, which may take seconds."""
+    def _pass(self, kind: str) -> Iterator[None]:
         with self._changed:
-            self._changed.wait_for(self._free)
-            self._opening += 1
+            self._changed.wait_for(lambda: not (self._alone or self._waiting))
+            self._passing[kind] += 1
         try:
             yield
         finally:
             with self._changed:
-                self._opening -= 1
+                self._passing[kind] -= 1
                 self._changed.notify_all()
 
     @contextmanager
@@ -59,9 +54,12 @@ class Gate:
             self._waiting += 1
             try:
                 self._changed.wait_for(
-                    lambda: not self._alone and (self._opening > 0 or self._running == 0)
+                    lambda: (
+                        not self._alone
+                        and (self._passing["openings"] > 0 or self._passing["runs"] == 0)
+                    )
                 )
-                got = self._alone = self._opening == 0
+                got = self._alone = self._passing["openings"] == 0
             finally:
                 self._waiting -= 1
                 self._changed.notify_all()
@@ -72,9 +70,6 @@ class Gate:
                 with self._changed:
                     self._alone = False
                     self._changed.notify_all()
-
-    def _free(self) -> bool:
-        return not (self._alone or self._waiting)
 
 
 GATE = Gate()

@@ -32,6 +32,11 @@ NO_MEMORY = ("out of memory", "failed to allocate memory", "cudaerrormemoryalloc
 _log = logging.getLogger("regraft")
 
 
+def is_full(error: Exception) -> bool:
+    """Whether it says that the card has no memory left; onnxruntime's have no common base."""
+    return any(sign in str(error).lower() for sign in NO_MEMORY)
+
+
 @dataclass(frozen=True)
 class Started:
     """A batch on its way, as the jobs that it was cut into."""
@@ -44,7 +49,6 @@ class Runner:
     """Runs a session; not for several threads at once.
 
     Attributes:
-        sizes: the batches that are executed.
         graphs: whether CUDA graphs are used.
     """
 
@@ -72,7 +76,6 @@ class Runner:
         """
         self._session, self._ort, self._cuda = session, ort, cuda
         self._inner, self._parts, self.graphs = dict(inner), dict(parts or {}), graphs
-        self.sizes = SIZES
         self._slots: dict[int, list[Slot]] = {}
         self._most = _SLOTS
         with ExitStack() as stack:
@@ -99,7 +102,7 @@ class Runner:
             EngineError: CUDA failed.
         """
         jobs = []
-        for start, stop, bucket in pieces(len(pixels), self.sizes):
+        for start, stop, bucket in pieces(len(pixels), SIZES):
             slot = self._free(bucket)
             with GATE.together():
                 jobs.append(slot.launch(pixels[start:stop], outputs))
@@ -115,7 +118,7 @@ class Runner:
 
     def device_seconds(self, batch: int, runs: int) -> float:
         """Seconds per run on the card, of the buckets that execute a batch of that size."""
-        needed = [bucket for _, _, bucket in pieces(batch, self.sizes)]
+        needed = [bucket for _, _, bucket in pieces(batch, SIZES)]
         slots = {b: self._free(b) for b in set(needed)}
 
         def work() -> None:
@@ -146,9 +149,8 @@ class Runner:
         """A new slot; None if there is no memory for it, and one that can do its work."""
         try:
             return self._prepare(bucket, number)
-        except Exception as error:  # onnxruntime's have no common base
-            full = any(sign in str(error).lower() for sign in NO_MEMORY)
-            if number == 0 or not full:
+        except Exception as error:
+            if number == 0 or not is_full(error):
                 raise
         self._most = number
         _log.warning(
@@ -208,7 +210,7 @@ class Runner:
         try:
             self._record(slot)
         except Exception as error:
-            if not any(sign in str(error).lower() for sign in NO_MEMORY):
+            if not is_full(error):
                 raise
             slot.plain = True
             _log.warning(

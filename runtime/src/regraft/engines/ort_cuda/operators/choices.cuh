@@ -55,8 +55,8 @@ struct Lt {
     void* library = dlopen(name.c_str(), RTLD_LAZY | RTLD_LOCAL);
     if (library == nullptr) {
       const char* said = dlerror();
-      error = "regraft: " + name + " of the CUDA toolkit that compiled the operators is not there (" +
-              (said == nullptr ? "" : said) + "); onnxruntime-gpu has to be for the same CUDA";
+      error = "regraft: " + name + " of the CUDA toolkit that compiled the operators is not there" +
+              " (" + (said == nullptr ? "" : said) + "); onnxruntime-gpu has to be for the same CUDA";
       return;
     }
 #define REGRAFT_LOAD(name)                                                             \
@@ -136,7 +136,8 @@ class Choices {
     std::size_t version = 0, count = 0;
     if (std::fscanf(file, "cublasLt %zu", &version) != 1 || version != lt.GetVersion()) {
       return "regraft: products were chosen with cuBLASLt " + std::to_string(version) +
-             ", and this is " + std::to_string(lt.GetVersion()) + "; run regraft build --force again";
+             ", and this is " + std::to_string(lt.GetVersion()) +
+             "; run regraft build --force again";
     }
     const Text cut = "regraft: " + path + " is cut off; run regraft build --force again";
     if (std::fscanf(file, "%zu sizes", &count) != 1) return cut;

@@ -84,8 +84,9 @@ class Product {
                                            sizeof epilogue));
       if (Text failed = bind(bias); !failed.empty()) return failed;
     }
-    const auto n = static_cast<std::uint64_t>(size.columns), m = static_cast<std::uint64_t>(size.rows),
-               k = static_cast<std::uint64_t>(size.inner);
+    const auto n = static_cast<std::uint64_t>(size.columns);
+    const auto m = static_cast<std::uint64_t>(size.rows);
+    const auto k = static_cast<std::uint64_t>(size.inner);
     REGRAFT_LT(lt.MatrixLayoutCreate(&layouts_[0], type, n, k, size.columns));
     REGRAFT_LT(lt.MatrixLayoutCreate(&layouts_[1], type, k, m, size.inner));
     REGRAFT_LT(lt.MatrixLayoutCreate(&layouts_[2], type, n, m, size.columns));
@@ -243,8 +244,8 @@ class Product {
                   cudaEventCreate(&stop) == cudaSuccess &&
                   cudaMalloc(&copies, bytes * count) == cudaSuccess;
       for (std::size_t i = 0; i < count && made; ++i) {
-        made = cudaMemcpyAsync(copies + i * bytes, weight, size.bytes_of_weight(), cudaMemcpyDeviceToDevice,
-                               stream) == cudaSuccess;
+        made = cudaMemcpyAsync(copies + i * bytes, weight, size.bytes_of_weight(),
+                               cudaMemcpyDeviceToDevice, stream) == cudaSuccess;
       }
       if (!made) error = std::string("regraft: ") + cudaGetErrorString(cudaGetLastError());
     }
