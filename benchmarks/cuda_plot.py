@@ -85,7 +85,7 @@ def _plot(cells: list[dict[str, Any]], path: Path) -> None:
         loc="outside lower center",
     )
     devices = dict.fromkeys(c["engine"]["device"] for p in panels.values() for c in p)
-    figure.suptitle(f"ort-cuda, {'; '.join(devices)}", fontsize=10)
+    figure.suptitle(f"ort-cuda, {'; '.join(devices)}; lines: 95 % intervals", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
@@ -95,8 +95,13 @@ def _panel(axis: Any, cells: list[dict[str, Any]]) -> None:
         if not known:
             continue
         places = [x + _WIDTH * (i - (len(RIVALS) - 1) / 2) for x, _ in known]
-        heights = [100 * (figures["over_baseline"][0] - 1) for _, figures in known]
-        bars = axis.bar(places, heights, _WIDTH, color=colour, label=NAMES.get(rival, rival))
+        over = [[100 * (x - 1) for x in figures["over_baseline"]] for _, figures in known]
+        heights = [median for median, _, _ in over]
+        reach = [[m - low for m, low, _ in over], [high - m for m, _, high in over]]
+        bars = axis.bar(
+            places, heights, _WIDTH, color=colour, label=NAMES.get(rival, rival),
+            yerr=reach, error_kw={"elinewidth": 0.6, "ecolor": "#52606d"},
+        )  # fmt: skip
         axis.bar_label(bars, fmt="%.1f", fontsize=4.5, padding=1)
     first = cells[0]
     about = f"{first['tokens']} tokens, {first['precision']}, {first['neurons']} neurons in"

@@ -297,11 +297,16 @@ def test_products_and_gelus_of_any_size(
     proto = onnx.parser.parse_model(
         f"""<ir_version: 10, opset_import: ["" : 20, "regraft" : 1]>
         g (float[b, {tokens}, {inner}] h) => (float[b, {tokens}, {columns}] y,
-           float[b, {tokens}, {columns}] z, float[b, {tokens}, {columns}] g) {{
+           float[b, {tokens}, {columns}] z, float[b, {tokens}, {columns}] g,
+           float[b, {tokens}, {columns}] p, float[b, {tokens}, {columns}] q,
+           float[b, {tokens}, {columns}] r) {{
           x = Cast<to = {number}>(h) w = Cast<to = {number}>(weight) c = Cast<to = {number}>(bias)
           one = regraft.Product_{kind}(x, w) two = regraft.BiasedProduct_{kind}(x, w, c)
           three = regraft.BiasedGelu_{kind}(one, c)
-          y = Cast<to = 1>(one) z = Cast<to = 1>(two) g = Cast<to = 1>(three) }}"""
+          m = Neg(weight) n = Neg(bias) v = Cast<to = {number}>(m) d = Cast<to = {number}>(n)
+          i, j, k = regraft.ThreeProducts2Biased_{kind}(x, w, v, w, c, d)
+          y = Cast<to = 1>(one) z = Cast<to = 1>(two) g = Cast<to = 1>(three)
+          p = Cast<to = 1>(i) q = Cast<to = 1>(j) r = Cast<to = 1>(k) }}"""
     )
     rng = np.random.default_rng(tokens)
     # Exact in all types, but their sums depend on the order, and so on the algorithm.
@@ -324,8 +329,9 @@ def test_products_and_gelus_of_any_size(
         session = ort.InferenceSession(
             proto.SerializeToString(), settings, providers=["CUDAExecutionProvider"]
         )
-        found = session.run(["y", "z", "g"], {"h": h})
-        for got, right in zip(found, (y, y + bias, z), strict=True):
+        found = session.run(["y", "z", "g", "p", "q", "r"], {"h": h})
+        rights = (y, y + bias, z, y + bias, -(y + bias), y)
+        for got, right in zip(found, rights, strict=True):
             scale = float(np.abs(right).max())
             np.testing.assert_allclose(got, right, rtol=limit, atol=limit * scale)
         return list(found)
@@ -338,8 +344,8 @@ def test_products_and_gelus_of_any_size(
     with timed_products(first):
         timed = run(first)
     lines = (first / PRODUCTS).read_text().splitlines()
-    assert lines[1] == "2 sizes"  # with a bias and without
-    assert len(lines) == 4
+    assert lines[1] == "3 sizes"  # with a bias and without, and three at once
+    assert len(lines) == 5
     shutil.copy(first / PRODUCTS, second)
     for got, expected in zip(run(second), timed, strict=True):
         np.testing.assert_array_equal(got, expected)

@@ -290,7 +290,8 @@ def test_onnxruntime_takes_the_library(tmp_path: Path) -> None:
               p, q = regraft.ProductRedirected_{numbers} (g, w, r, n, s, d)
               i, j = regraft.ProductRow_{numbers} (g, w, q, row)
               k = regraft.Product_{numbers} (g, w) l = regraft.BiasedProduct_{numbers} (g, w, row)
-              v = Sum (p, i, j, k, l) }}"""
+              a, e, f = regraft.ThreeProducts1Biased_{numbers} (g, w, w, w, row)
+              v = Sum (p, i, j, k, l, a, e, f) }}"""
         )
         settings = onnxruntime.SessionOptions()
         settings.register_custom_ops_library(str(folder / LIBRARY))

@@ -66,9 +66,12 @@ def test_every_family_equals_the_portable_graph(traced: Trace, family: str, valu
     assert fused.fusions.redirects == 2
     assert fused.fusions.operators == found.total()
     assert found["BiasedSwiGlu_fp32"] == (3 if "swiglu" in family else 0)
-    # Queries, keys, values, their projection, and the two of the MLP.
+    depth = models.vit(family).layout.depth
+    # Queries, keys and values.
+    assert sum(found[f"ThreeProducts{biased}Biased_fp32"] for biased in range(4)) == depth
+    # Their projection, and the two of the MLP.
     products = sum(count for name, count in found.items() if "Product" in name)
-    assert products >= 6 * models.vit(family).layout.depth
+    assert products - depth >= 3 * depth
 
 
 def test_signs_of_both_kinds_go_into_the_operator(traced: Trace) -> None:

@@ -9,6 +9,7 @@ from tests.export.graph.cuda.test_operators import spelled
 from tests.export.graph.cuda.test_rewrites import D, T, model, ops, run
 
 from regraft_export.graph.cuda.fuse_bias_gelu import fuse_bias_gelu
+from regraft_export.graph.cuda.join_products import join_products
 from regraft_export.graph.cuda.join_writes import join_writes
 from regraft_export.graph.cuda.product_operator import gelus_by_operator, products_by_operator
 
@@ -147,3 +148,53 @@ def test_a_row_is_written_beside_the_product(nodes: str, name: str) -> None:
 )
 def test_other_rows_are_written_alone(nodes: str) -> None:
     assert join_writes(model(nodes, x=INPUTS, **WEIGHTS)) == 0
+
+
+THREE = """q = regraft.BiasedProduct_fp32(x, w, c) k = regraft.Product_fp32(x, u)
+v = regraft.Product_fp32(x, t) s = Sub(q, k) y = Mul(s, v)"""
+SQUARE = {"w": (D, D), "u": (D, D), "t": (D, D), "c": (D,), "d": (D,), "e": (D,)}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "biased"),
+    [
+        (THREE.replace("Biased", "").replace("(x, w, c)", "(x, w)"), 0),
+        (THREE, 1),
+        (
+            THREE.replace(
+                "v = regraft.Product_fp32(x, t)", "v = regraft.BiasedProduct_fp32(x, t, d)"
+            ),
+            2,
+        ),
+        (
+            THREE.replace(
+                "= regraft.Product_fp32(x, u)", "= regraft.BiasedProduct_fp32(x, u, e)"
+            ).replace("= regraft.Product_fp32(x, t)", "= regraft.BiasedProduct_fp32(x, t, d)"),
+            3,
+        ),
+    ],
+)
+def test_three_products_of_the_same_tokens_are_one_node(nodes: str, biased: int) -> None:
+    before, graph = spelled(model(nodes, **SQUARE)), model(nodes, **SQUARE)
+    assert join_products(graph) == 1
+    assert ops(graph) == {f"ThreeProducts{biased}Biased_fp32": 1, "Sub": 1, "Mul": 1}
+    np.testing.assert_allclose(spelled(graph), before, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        THREE.replace("v = regraft.Product_fp32(x, t)", "v = Neg(x)"),
+        THREE.replace("v = regraft.Product_fp32(x", "z = Neg(x) v = regraft.Product_fp32(z"),
+        THREE.replace("regraft.Product_fp32(x, t)", "MatMul(x, t)"),
+        THREE.replace("y = Mul", "o = regraft.Product_fp32(x, e) p = Add(o, v) y = Mul"),
+        THREE.replace(
+            "Product_fp32(x, t) s = Sub(q, k) y = Mul(s, v)",
+            "Product_fp32(x, f) s = Sub(q, k) z = MatMul(v, g) y = Mul(s, z)",
+        ),
+    ],
+    ids=["two", "other tokens", "no operator", "four", "another width"],
+)
+def test_other_products_stay_apart(nodes: str) -> None:
+    weights = {**SQUARE, "e": (D, D), "f": (D, 2 * D), "g": (2 * D, D)}
+    assert join_products(model(nodes, **weights)) == 0

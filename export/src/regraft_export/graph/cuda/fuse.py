@@ -28,6 +28,7 @@ from regraft_export.graph.cuda.gate_operator import gate_by_operator
 from regraft_export.graph.cuda.images_first import images_first
 from regraft_export.graph.cuda.inferred_shapes import inferred_shapes
 from regraft_export.graph.cuda.join_constants import join_constants
+from regraft_export.graph.cuda.join_products import join_products
 from regraft_export.graph.cuda.join_writes import join_writes
 from regraft_export.graph.cuda.known_shapes import fix_shapes
 from regraft_export.graph.cuda.leave_whole import leave_whole
@@ -189,6 +190,7 @@ def fuse_built(
         products_by_operator(graph, shapes)
         gelus_by_operator(graph, shapes)
         join_writes(graph)
+        join_products(graph)
     float32_for_missing_kernels(graph)
     own = sum(node.domain == OWN_DOMAIN for node in graph.nodes)
     domains = [DOMAIN, OWN_DOMAIN] if own else [DOMAIN]

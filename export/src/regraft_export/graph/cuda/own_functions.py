@@ -56,6 +56,18 @@ _BODIES = {
 }
 
 
+def _three_products(biased: int) -> tuple[str, str]:
+    """Of three products of x, the first ones with a bias."""
+    biases = [f"b{i}" for i in range(biased)]
+    lines = [f"p{i} = MatMul (x, w{i})\ny{i} = Add (p{i}, b{i})" for i in range(biased)]
+    lines += [f"y{i} = MatMul (x, w{i})" for i in range(biased, 3)]
+    ports = f"({', '.join(['x', 'w0', 'w1', 'w2', *biases])}) => (y0, y1, y2)"
+    return ports, "\n".join(lines)
+
+
+_BODIES |= {f"ThreeProducts{biased}Biased": _three_products(biased) for biased in range(4)}
+
+
 def spell_out(proto: onnx.ModelProto) -> None:
     """Adds the functions of all operators in a graph; changes it in place."""
     opset = next(entry.version for entry in proto.opset_import if not entry.domain)

@@ -70,10 +70,11 @@ struct Lt {
   }
 };
 
-// (rows, inner) x (inner, columns), with or without a bias (columns,).
+// (rows, inner) x (inner, columns): how many at once, and how many of them with a bias (columns,).
 struct Size {
   int type;  // cudaDataType_t
   int biased;
+  int together;
   std::int64_t rows, inner, columns;
 
   bool operator<(const Size& other) const { return tied() < other.tied(); }
@@ -82,14 +83,15 @@ struct Size {
   }
 
  private:
-  std::tuple<int, int, std::int64_t, std::int64_t, std::int64_t> tied() const {
-    return {type, biased, rows, inner, columns};
+  std::tuple<int, int, int, std::int64_t, std::int64_t, std::int64_t> tied() const {
+    return {type, biased, together, rows, inner, columns};
   }
 };
 
 struct Choice {
   cublasLtMatmulAlgo_t algorithm{};
   std::size_t workspace = 0;
+  int apart = 0;  // whether several products of the same input follow each other
 };
 
 // The algorithms that were chosen, as read from beside the library or timed since.
@@ -109,8 +111,9 @@ class Choices {
     if (file == nullptr) return false;
     std::fprintf(file, "cublasLt %zu\n%zu sizes\n", Lt::get().GetVersion(), known.size());
     for (const auto& [size, choice] : known) {
-      std::fprintf(file, "%d %d %" PRId64 " %" PRId64 " %" PRId64 " %zu", size.type, size.biased,
-                   size.rows, size.inner, size.columns, choice.workspace);
+      std::fprintf(file, "%d %d %d %" PRId64 " %" PRId64 " %" PRId64 " %d %zu", size.type,
+                   size.biased, size.together, size.rows, size.inner, size.columns, choice.apart,
+                   choice.workspace);
       for (std::uint64_t word : choice.algorithm.data) std::fprintf(file, " %" PRIx64, word);
       std::fputc('\n', file);
     }
@@ -144,9 +147,9 @@ class Choices {
     for (std::size_t i = 0; i < count; ++i) {
       Size size{};
       Choice choice;
-      if (std::fscanf(file, "%d %d %" SCNd64 " %" SCNd64 " %" SCNd64 " %zu", &size.type,
-                      &size.biased, &size.rows, &size.inner, &size.columns,
-                      &choice.workspace) != 6) {
+      if (std::fscanf(file, "%d %d %d %" SCNd64 " %" SCNd64 " %" SCNd64 " %d %zu", &size.type,
+                      &size.biased, &size.together, &size.rows, &size.inner, &size.columns,
+                      &choice.apart, &choice.workspace) != 8) {
         return cut;
       }
       for (std::uint64_t& word : choice.algorithm.data) {

@@ -11,6 +11,7 @@
 //   GELU by erf; in half precision to a twentieth of fp16's (see `kernels.cuh`).
 // Product (x (B, T, K), weight (K, N)) -> y (B, T, N)
 // BiasedProduct (x, weight, bias (N,)) -> y
+// ThreeProductsNBiased (x, three weights of one shape, biases of the first N) -> three y
 //   by cuBLASLt, see `products.cuh`.
 // ProductRedirected (hidden, weight, residual, neurons, signs, down) -> y, sum
 // ProductRow (x, weight, residual, row) -> y, sum
@@ -20,7 +21,7 @@
 // place where ONNX Runtime lets us, so that one row an image is touched and no more. Where a hidden
 // unit is NaN, it counts as smaller than every number.
 
-#include "work.cuh"
+#include "nodes.cuh"
 
 namespace {
 
@@ -105,6 +106,12 @@ Own row(const char* name, ElementType type, Work work) {
   return op;
 }
 
+Own three(const char* name, ElementType type, std::size_t biased, Work work) {
+  Own op = declare(name, type, 4 + biased, work);
+  op.outputs = 3;
+  return op;
+}
+
 Own both(const char* name, ElementType type, std::size_t inputs, Work work) {
   Own op = declare(name, type, inputs, work);
   op.outputs = 2;
@@ -126,12 +133,24 @@ const Own kOperators[] = {
     declare("BiasedGelu_fp32", ort::kFloat, 2, without_state<biased_gelu<float>>),
     declare("BiasedGelu_fp16", ort::kFloat16, 2, without_state<biased_gelu<__half>>),
     declare("BiasedGelu_bf16", ort::kBfloat16, 2, without_state<biased_gelu<__nv_bfloat16>>),
-    declare("Product_fp32", ort::kFloat, 2, product_alone<float, false>),
-    declare("Product_fp16", ort::kFloat16, 2, product_alone<__half, false>),
-    declare("Product_bf16", ort::kBfloat16, 2, product_alone<__nv_bfloat16, false>),
-    declare("BiasedProduct_fp32", ort::kFloat, 3, product_alone<float, true>),
-    declare("BiasedProduct_fp16", ort::kFloat16, 3, product_alone<__half, true>),
-    declare("BiasedProduct_bf16", ort::kBfloat16, 3, product_alone<__nv_bfloat16, true>),
+    declare("Product_fp32", ort::kFloat, 2, products<float, 0>),
+    declare("Product_fp16", ort::kFloat16, 2, products<__half, 0>),
+    declare("Product_bf16", ort::kBfloat16, 2, products<__nv_bfloat16, 0>),
+    declare("BiasedProduct_fp32", ort::kFloat, 3, products<float, 1>),
+    declare("BiasedProduct_fp16", ort::kFloat16, 3, products<__half, 1>),
+    declare("BiasedProduct_bf16", ort::kBfloat16, 3, products<__nv_bfloat16, 1>),
+    three("ThreeProducts0Biased_fp32", ort::kFloat, 0, products<float, 0, 3>),
+    three("ThreeProducts0Biased_fp16", ort::kFloat16, 0, products<__half, 0, 3>),
+    three("ThreeProducts0Biased_bf16", ort::kBfloat16, 0, products<__nv_bfloat16, 0, 3>),
+    three("ThreeProducts1Biased_fp32", ort::kFloat, 1, products<float, 1, 3>),
+    three("ThreeProducts1Biased_fp16", ort::kFloat16, 1, products<__half, 1, 3>),
+    three("ThreeProducts1Biased_bf16", ort::kBfloat16, 1, products<__nv_bfloat16, 1, 3>),
+    three("ThreeProducts2Biased_fp32", ort::kFloat, 2, products<float, 2, 3>),
+    three("ThreeProducts2Biased_fp16", ort::kFloat16, 2, products<__half, 2, 3>),
+    three("ThreeProducts2Biased_bf16", ort::kBfloat16, 2, products<__nv_bfloat16, 2, 3>),
+    three("ThreeProducts3Biased_fp32", ort::kFloat, 3, products<float, 3, 3>),
+    three("ThreeProducts3Biased_fp16", ort::kFloat16, 3, products<__half, 3, 3>),
+    three("ThreeProducts3Biased_bf16", ort::kBfloat16, 3, products<__nv_bfloat16, 3, 3>),
     both("ProductRedirected_fp32", ort::kFloat, 6, product_and<float, add_redirected<float>>),
     both("ProductRedirected_fp16", ort::kFloat16, 6, product_and<__half, add_redirected<__half>>),
     both("ProductRedirected_bf16", ort::kBfloat16, 6,

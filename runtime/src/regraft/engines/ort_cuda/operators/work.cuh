@@ -1,11 +1,10 @@
-// What a node does when it is run: reads its tensors, and starts kernels on the session's stream.
+// What the small kernels do when their node is run: read tensors, and start on a stream.
 #pragma once
 
 #include <algorithm>
 
 #include "kernels.cuh"
 #include "ort_abi.h"
-#include "products.cuh"
 
 namespace regraft {
 
@@ -180,105 +179,6 @@ Status* biased_gelu(const Api* api, KernelContext* context, cudaStream_t stream)
       static_cast<const T*>(x.data), static_cast<const T*>(bias.data), static_cast<T*>(y), rows,
       static_cast<int>(hidden), each);
   return launched(api);
-}
-
-cudaDataType_t blas_type(const float*) { return CUDA_R_32F; }
-cudaDataType_t blas_type(const __half*) { return CUDA_R_16F; }
-cudaDataType_t blas_type(const __nv_bfloat16*) { return CUDA_R_16BF; }
-
-template <typename T, bool Biased>
-Status* product(const Api* api, KernelContext* context, cudaStream_t stream,
-                Products* products) {
-  Tensor x, weight, bias;
-  TRY(read(api, context, 0, &x));
-  TRY(read(api, context, 1, &weight));
-  if (Biased) TRY(read(api, context, 2, &bias));
-  const std::int64_t inner = x.lengths[2], columns = weight.lengths[2];
-  if (weight.lengths[0] != 1 || weight.lengths[1] != inner || (Biased && bias.size() != columns)) {
-    return api->error(ort::kInvalidArgument, "regraft: a product got shapes that do not fit");
-  }
-  void* y = nullptr;
-  TRY(write(api, context, x, columns, &y));
-  if (x.size() == 0 || columns == 0) return nullptr;
-  const T* type = nullptr;
-  const Size size{blas_type(type), Biased, x.lengths[0] * x.lengths[1], inner, columns};
-  const std::string failed = products->run(size, x.data, weight.data, bias.data, y, stream);
-  return failed.empty() ? nullptr : api->error(ort::kFail, failed.c_str());
-}
-
-// A second stream, for what can be done at the same time as the rest of a node.
-class Beside {
- public:
-  ~Beside() {
-    if (begin_ != nullptr) cudaEventDestroy(begin_);
-    if (end_ != nullptr) cudaEventDestroy(end_);
-    if (stream != nullptr) cudaStreamDestroy(stream);
-  }
-  cudaStream_t stream = nullptr;
-
-  Status* begin(const Api* api, cudaStream_t after) {
-    // What was made before a failure is made no second time.
-    if (begin_ == nullptr) cudaEventCreateWithFlags(&begin_, cudaEventDisableTiming);
-    if (end_ == nullptr) cudaEventCreateWithFlags(&end_, cudaEventDisableTiming);
-    if (stream == nullptr) cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-    TRY(launched(api));
-    cudaEventRecord(begin_, after);
-    cudaStreamWaitEvent(stream, begin_);
-    return launched(api);
-  }
-  Status* join(const Api* api, cudaStream_t before) {
-    cudaEventRecord(end_, stream);
-    cudaStreamWaitEvent(before, end_);
-    return launched(api);
-  }
-
- private:
-  cudaEvent_t begin_ = nullptr, end_ = nullptr;
-};
-
-// Of one node: what it computes, and what it keeps between its runs.
-struct Kernel {
-  using Work = Status* (*)(Kernel*, KernelContext*, cudaStream_t);
-  const Api* api;
-  Work work;
-  Products products;
-  Beside beside;
-};
-
-using Work = Kernel::Work;
-
-template <typename T>
-Status* redirected_alone(Kernel* kernel, KernelContext* context, cudaStream_t stream) {
-  return add_redirected<T>(kernel->api, context, stream, 1, 0);
-}
-
-template <typename T>
-Status* row_alone(Kernel* kernel, KernelContext* context, cudaStream_t stream) {
-  return add_row<T>(kernel->api, context, stream, 0, 0);
-}
-
-template <Status* (*Stateless)(const Api*, KernelContext*, cudaStream_t)>
-Status* without_state(Kernel* kernel, KernelContext* context, cudaStream_t stream) {
-  return Stateless(kernel->api, context, stream);
-}
-
-template <typename T, bool Biased>
-Status* product_alone(Kernel* kernel, KernelContext* context, cudaStream_t stream) {
-  return product<T, Biased>(kernel->api, context, stream, &kernel->products);
-}
-
-using Write = Status* (*)(const Api*, KernelContext*, cudaStream_t, std::size_t, std::size_t);
-
-template <typename T, Write Written>
-Status* product_and(Kernel* kernel, KernelContext* context, cudaStream_t stream) {
-  const Api* api = kernel->api;
-  TRY(kernel->beside.begin(api, stream));
-  // The small one first: behind the product, which fills the card, it would wait for its end.
-  Status* failed = Written(api, context, kernel->beside.stream, 2, 1);
-  if (failed == nullptr) failed = product<T, false>(api, context, stream, &kernel->products);
-  // After a failure, too: what runs beside still reads memory that is given back now.
-  Status* joined = kernel->beside.join(api, stream);
-  return failed != nullptr ? failed : joined;
 }
 
 }  // namespace regraft

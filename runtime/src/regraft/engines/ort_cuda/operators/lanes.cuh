@@ -1,0 +1,89 @@
+// Streams and memory for what can be done at the same time.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <utility>
+
+#include "choices.cuh"
+
+namespace regraft {
+
+constexpr std::size_t kWorkspace = 32 << 20;  // bytes, what cuBLAS itself takes on Hopper
+
+// Memory for algorithms to work in. The nodes of a session follow each other, so that one serves
+// all of them; what runs beside takes one of another number.
+class Workspace {
+ public:
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() { cudaFree(data_); }
+
+  static std::shared_ptr<Workspace> of(cudaStream_t session, int number) {
+    static std::mutex mutex;
+    static std::map<std::pair<cudaStream_t, int>, std::weak_ptr<Workspace>> all;
+    const std::lock_guard<std::mutex> lock(mutex);
+    std::weak_ptr<Workspace>& known = all[{session, number}];
+    std::shared_ptr<Workspace> found = known.lock();
+    if (found == nullptr) known = found = std::make_shared<Workspace>();
+    return found;
+  }
+
+  Text get(void** data) {
+    if (data_ == nullptr) REGRAFT_CUDA(cudaMalloc(&data_, kWorkspace));
+    *data = data_;
+    return {};
+  }
+
+ private:
+  void* data_ = nullptr;
+};
+
+// A stream beside a session's own, for one node: were it for several, a recording would let what
+// runs beside in one node wait for what did in the node before.
+class Beside {
+ public:
+  Beside() = default;
+  Beside(const Beside&) = delete;
+  Beside& operator=(const Beside&) = delete;
+  ~Beside() {
+    if (begin_ != nullptr) cudaEventDestroy(begin_);
+    if (end_ != nullptr) cudaEventDestroy(end_);
+    if (stream_ != nullptr) cudaStreamDestroy(stream_);
+  }
+
+  cudaStream_t stream() const { return stream_; }
+
+  // What starts on it from here on comes after all that `after` was given.
+  Text begin(cudaStream_t after) {
+    // What was made before a failure is made no second time.
+    if (begin_ == nullptr) {
+      REGRAFT_CUDA(cudaEventCreateWithFlags(&begin_, cudaEventDisableTiming));
+    }
+    if (end_ == nullptr) REGRAFT_CUDA(cudaEventCreateWithFlags(&end_, cudaEventDisableTiming));
+    if (stream_ == nullptr) {
+      REGRAFT_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    }
+    REGRAFT_CUDA(cudaEventRecord(begin_, after));
+    REGRAFT_CUDA(cudaStreamWaitEvent(stream_, begin_));
+    return {};
+  }
+
+  // What `before` is given from here on comes after all that was started on it.
+  Text join(cudaStream_t before) {
+    REGRAFT_CUDA(cudaEventRecord(end_, stream_));
+    REGRAFT_CUDA(cudaStreamWaitEvent(before, end_));
+    return {};
+  }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+  cudaEvent_t begin_ = nullptr, end_ = nullptr;
+};
+
+}  // namespace regraft
