@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import vits
+from benchmarks.cuda_cells import keep, rows_of
 from benchmarks.cuda_graphs import (
     BASELINE,
     CONSTANT,
@@ -41,7 +41,7 @@ from benchmarks.cuda_graphs import (
     open_cuda,
     write_forms,
 )
-from benchmarks.machine import RESULTS, circumstances, write_results
+from benchmarks.machine import RESULTS, circumstances
 from regraft.engines.ort_cuda.operators import source_sha256
 from regraft.neurons import Neurons
 from regraft.timing import Ratio, Times, compare
@@ -105,9 +105,9 @@ def main() -> None:
         vit.module.cuda()
         for batch in args.batch_sizes:
             cell = _Cell(folder, vit, neurons, batch, args).measure()
-            _keep(args.out, cell)
+            keep(args.out, cell)
             _forget_memory()
-            print("\n".join(_rows(cell)), flush=True)
+            print("\n".join(rows_of(cell)), flush=True)
 
 
 def _export(
@@ -340,44 +340,6 @@ def _clocks() -> str:
     return subprocess.run(
         ["nvidia-smi", *query], capture_output=True, text=True, check=True
     ).stdout.strip()
-
-
-def _keep(path: Path, cell: dict[str, Any]) -> None:
-    """Puts a cell into the result file, in place of one of the same name."""
-    known = json.loads(path.read_text())["cells"] if path.exists() else []
-    same = [c for c in known if _key(c) == _key(cell)]
-    if not cell["rivals"] and any(c["rivals"] for c in same):
-        print("failed; what was measured before is kept", file=sys.stderr)
-        return
-    cells = [c for c in known if c not in same] + [cell]
-    table = [line for c in cells for line in ["", *_rows(c)]]
-    write_results(path, {**circumstances("benchmarks.cuda_overhead"), "cells": cells}, table)
-
-
-def _key(cell: dict[str, Any]) -> tuple[Any, ...]:
-    names = ("model", "image_size", "blocks", "precision", "touched_layers", "neurons", "batch")
-    return tuple(str(cell[name]) for name in names)
-
-
-def _rows(cell: dict[str, Any]) -> list[str]:
-    size = "x".join(map(str, cell["image_size"]))
-    rows = [
-        f"{cell['model']}, {size}, {cell['tokens']} tokens, {cell['blocks']} blocks, "
-        f"{cell['precision']}, batch "
-        f"{cell['batch']}, {cell['neurons']} neurons in layers {cell['touched_layers']}, "
-        f"{cell['engine'].get('device', cell['clocks'])}",
-        "",
-        "| rival | ms | single run (p99) | over baseline | hooks over it | images/s | MiB |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, f in cell["rivals"].items():
-        over = "{} ({} to {})".format(*f["over_baseline"])
-        first = f"{f['first_ms']} ({f['first_p99_ms']})"
-        hooks = f["hooks_over_it"][0] if f["hooks_over_it"] else "-"
-        row = (name, f["median_ms"], first, over, hooks, f["images_per_second"])
-        rows.append("| " + " | ".join(map(str, (*row, f["memory_mib"]))) + " |")
-    failed = [f"- {name}: {reason}" for name, reason in cell.get("failures", {}).items()]
-    return [*rows, *(["", "Not measured:", "", *failed] if failed else [])]
 
 
 if __name__ == "__main__":

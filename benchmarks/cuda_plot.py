@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib import pyplot
 
-from benchmarks.cuda_overhead import _key, _rows
+from benchmarks.cuda_cells import key_of, rows_of
 from benchmarks.machine import RESULTS
 
 RIVALS = {
@@ -45,7 +45,7 @@ def main() -> None:
     lines = [f"# {args.result.stem}", ""]
     for cell in cells:
         versions = ", ".join(f"{name} {v}" for name, v in cell["versions"].items())
-        lines += [*_rows(cell), "", f"`{cell['command']}`; {cell['clocks']}; {versions}", ""]
+        lines += [*rows_of(cell), "", f"`{cell['command']}`; {cell['clocks']}; {versions}", ""]
     args.result.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
     _plot(cells, args.result.with_suffix(".png"))
 
@@ -56,7 +56,7 @@ def _plot(cells: list[dict[str, Any]], path: Path) -> None:
     panels: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for cell in cells:
         if cell["rivals"]:
-            panels.setdefault(_key(cell)[:-1], []).append(cell)
+            panels.setdefault(key_of(cell)[:-1], []).append(cell)
     if not panels:
         raise SystemExit("no cell of the result has figures, so there is nothing to plot")
     columns = min(len(panels), _COLUMNS)

@@ -26,11 +26,11 @@ from regraft.engines.ort_cuda.operators import (
     timed_products,
 )
 from regraft.engines.ort_cuda.runner import NO_MEMORY, SIZES, Runner, is_full
+from regraft.engines.ort_cuda.session import PROVIDER, open_session, ports
 from regraft.engines.parts import parts_of, shapes_of
 from regraft.errors import EngineError, how_to_install
 from regraft.manifest import INPUT
 
-PROVIDER = "CUDAExecutionProvider"
 _LIBRARIES = "'onnxruntime-gpu[cuda,cudnn]'"
 _INSTALL = (
     f"{how_to_install('regraft-runtime', 'cuda')}; where CUDA or cuDNN are not installed, also "
@@ -195,14 +195,14 @@ class OrtCudaEngine(Engine):
         session: Any = None
         stream = cuda.stream()
         try:
-            session = _session(ort, graph, int(stream), options, self._library(graph))
+            session = open_session(ort, graph, int(stream), options, self._library(graph))
             if PROVIDER not in session.get_providers():
                 hints = " ".join(said.split()) or "see the log of onnxruntime"
                 raise EngineError(
                     f"{self.name}: the libraries of CUDA or cuDNN cannot be loaded ({hints}); "
                     f"pip install {_LIBRARIES}"
                 )
-            size, outputs = _ports(session, graph)
+            size, outputs = ports(session, graph)
             parts = parts_of(session.get_modelmeta().custom_metadata_map, outputs)
         except BaseException:
             session = None  # before the stream it runs on
@@ -277,48 +277,3 @@ class OrtCudaEngine(Engine):
             if any(sign.lower() in text.lower() for sign in signs):
                 return f"{super()._reason(error)}; {remedy}"
         return super()._reason(error)
-
-
-def _session(
-    ort: Any, graph: Path, stream: int, options: EngineOptions, library: Path | None
-) -> Any:
-    settings = ort.SessionOptions()
-    if library is not None:
-        settings.register_custom_ops_library(str(library))
-    settings.log_severity_level = 3  # errors; its warnings are about its own optimiser
-    settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    provider = {
-        "device_id": "0",
-        "user_compute_stream": str(stream),
-        "use_tf32": "0",  # it would not pass the gate of fp32
-        "enable_cuda_graph": "1" if options.optimize else "0",
-        "arena_extend_strategy": "kSameAsRequested",
-        "cudnn_conv_algo_search": "HEURISTIC",
-    }
-    # The fusion makes one Split of the cuts at the end, which copies tables to the card in every
-    # run. enable_fallback: its Python layer would open the session on the CPU and only print so.
-    return ort.InferenceSession(
-        str(graph),
-        settings,
-        providers=[(PROVIDER, provider)],
-        disabled_optimizers=["GatherSliceToSplitFusion"],
-        enable_fallback=0,
-    )
-
-
-def _ports(session: Any, graph: Path) -> tuple[tuple[int, int], dict[str, Shape]]:
-    inputs = {port.name: port.shape for port in session.get_inputs()}
-    shape = inputs.get(INPUT)
-    if len(inputs) != 1 or shape is None or len(shape) != 4:
-        raise EngineError(
-            f"ort-cuda: {graph.name} takes {', '.join(inputs)}; expected one input {INPUT} "
-            "of shape (batch, 3, H, W)"
-        )
-    outputs: dict[str, Shape] = {port.name: tuple(port.shape) for port in session.get_outputs()}
-    free = [n for n, s in outputs.items() if not all(isinstance(length, int) for length in s[1:])]
-    if free:
-        raise EngineError(
-            f"ort-cuda: {', '.join(free)} of {graph.name} has a free axis besides the batch; "
-            "export again"
-        )
-    return (int(shape[2]), int(shape[3])), outputs
