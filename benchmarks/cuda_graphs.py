@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from benchmarks.literal import literal_graph
 from regraft.engines import Engine, EngineOptions, open_engine
 from regraft.engines.ort_cuda.engine import OrtCudaEngine
-from regraft.engines.ort_cuda.operators import PRODUCTS, SUFFIX
+from regraft.engines.ort_cuda.operators import PRODUCTS, SUFFIX, source_sha256
 from regraft.neurons import Neurons
 from regraft.parity import LIMITS
 from regraft.redirect import RedirectOptions
@@ -95,14 +96,19 @@ def open_cuda(folder: Path, name: str, precision: str) -> Engine:
     with_operators = folder / f"{name}{SUFFIX}"
     if not with_operators.exists():
         return OrtCudaEngine(folder / f"{name}.cuda.onnx", precision, EngineOptions())
-    built = folder / f"{name} {precision}"  # where the products of this graph were timed
-    if not (built / PRODUCTS).exists():
-        built.mkdir(exist_ok=True)
-        known = folder / f"{PRODUCTS} {precision}"
-        if known.exists():
-            shutil.copy(known, built / PRODUCTS)
-        OrtCudaEngine.build(with_operators, precision, {}, built, lambda *_: None)
-        shutil.copy(built / PRODUCTS, known)
+    # Where the products of this graph were timed, with these sources.
+    built = folder / f"{name} {precision} {source_sha256()[:16]}"
+    if not built.exists():
+        known = folder / f"{PRODUCTS} {precision} {source_sha256()[:16]}"
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            half = Path(temporary) / "half"  # a build that fails leaves nothing
+            half.mkdir()
+            if known.exists():
+                shutil.copy(known, half / PRODUCTS)
+            OrtCudaEngine.build(with_operators, precision, {}, half, lambda *_: None)
+            if (half / PRODUCTS).exists():
+                shutil.copy(half / PRODUCTS, known)
+            half.rename(built)
     return OrtCudaEngine(with_operators, precision, EngineOptions(), built)
 
 

@@ -357,5 +357,5 @@ def test_products_and_gelus_of_any_size(
     (second / PRODUCTS).write_text("\n".join(lines[:-1]))
     fourth = tmp_path / "fourth"
     shutil.copytree(second, fourth)
-    with pytest.raises(Exception, match="is cut off"):
+    with pytest.raises(Exception, match="is cut off or damaged"):
         run(fourth)

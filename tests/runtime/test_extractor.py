@@ -287,5 +287,5 @@ def test_a_graph_that_lacks_an_output_is_refused(pristine_bundle: Path) -> None:
 
 @pytest.mark.parametrize("option", ["batch_size", "threads"])
 def test_sizes_below_one_are_refused(pristine_bundle: Path, option: str) -> None:
-    with pytest.raises(InputError, match=f"{option} is 0; expected at least 1"):
+    with pytest.raises(InputError, match=f"{option} is 0; expected "):
         Extractor.open(pristine_bundle, **{option: 0})

@@ -77,6 +77,10 @@ def test_wrong_usage_exits_2(regraft: Regraft, pristine_bundle: Path) -> None:
         (["bench", pristine_bundle, "--batch-sizes", ","], "it is empty; expected words"),
         (["bench", pristine_bundle, "--rounds", "few"], "'few' is not an integer from 2"),
         (["bench", pristine_bundle, "--engine", "gpu"], "invalid choice: 'gpu'"),
+        (
+            ["bench", pristine_bundle, "--threads", "100000"],
+            "'100000' is not an integer from 1 to 1024",
+        ),
     ]:
         code, out, err = regraft(*words)
         assert (code, out) == (2, ""), words

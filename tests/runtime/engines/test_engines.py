@@ -174,9 +174,10 @@ def test_a_missing_onnxruntime_says_what_to_install(
     )
 
 
-def test_threads_below_one_are_refused() -> None:
-    with pytest.raises(InputError, match="threads is 0; expected at least 1"):
-        EngineOptions(threads=0)
+@pytest.mark.parametrize("threads", [0, -1, 1025])
+def test_senseless_numbers_of_threads_are_refused(threads: int) -> None:
+    with pytest.raises(InputError, match=f"threads is {threads}; expected 1 to 1024"):
+        EngineOptions(threads=threads)
 
 
 def test_details_say_what_a_measurement_needs(pristine_bundle: Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.cli.options import add_force, at_least
+from regraft.cli.options import add_force, at_least, thread_count
 from regraft.errors import InputError
 from regraft_export.commands._model_arguments import (
     add_model_arguments,
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=at_least(1), default=16, metavar="N", help="images per pass (16)"
     )
     parser.add_argument(
-        "--workers", type=at_least(1), metavar="N", help="decoding threads (one per core)"
+        "--workers", type=thread_count(), metavar="N", help="decoding threads (one per core)"
     )
     parser.add_argument(
         "--device", default="cpu", help="cpu (default), cuda, cuda:1, ... (ONNX files: cpu)"

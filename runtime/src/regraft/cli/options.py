@@ -20,7 +20,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     add_precision(parser)
     parser.add_argument(
         "--threads",
-        type=at_least(1),
+        type=thread_count(),
         metavar="N",
         help="threads inside one run of the engine (default: the cores that may be used)",
     )
@@ -42,19 +42,27 @@ def add_force(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """An argument type: an integer from ``least``."""
+def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An argument type: an integer from ``least``, and no more than ``most``."""
 
     def integer(text: str) -> int:
         try:
             number = int(text)
         except ValueError:
             number = least - 1
-        if number < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {least}")
+        if number < least or (most is not None and number > most):
+            upwards = "" if most is None else f" to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {least}{upwards}")
         return number
 
     return integer
+
+
+def thread_count() -> Callable[[str], int]:
+    """An argument type: how many threads or processes; a slip of the finger shall not start all."""
+    from regraft.engines.options import MOST_THREADS
+
+    return at_least(1, MOST_THREADS)
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from regraft.building import Plan, build, is_current, plan
 from regraft.bundle import Bundle
-from regraft.cli.options import add_precision, at_least
+from regraft.cli.options import add_precision, at_least, thread_count
 from regraft.commands.verify import add_reference, lines, open_reference
 from regraft.engines import AUTO, NAMES
 from regraft.errors import EngineError
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threads",
-        type=at_least(1),
+        type=thread_count(),
         metavar="N",
         help="threads inside one run, for the gate (default: the cores that may be used)",
     )

@@ -26,7 +26,7 @@ from regraft.bulk.processes import ProcessCrew
 from regraft.bulk.run import Crew, choose_shard_size, extract_folder, job_of
 from regraft.bulk.work import Opening, Task, Watcher, compute
 from regraft.bundle import Bundle
-from regraft.cli.options import add_engine, add_force, at_least, words
+from regraft.cli.options import add_engine, add_force, at_least, thread_count, words
 from regraft.engines.cores import usable_cores
 from regraft.errors import InputError
 from regraft.extractor import BATCH_SIZE
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"images per run of the engine (default: {BATCH_SIZE})",
     )
     parser.add_argument(
-        "--workers", type=at_least(1), metavar="N", help="threads that decode and preprocess"
+        "--workers", type=thread_count(), metavar="N", help="threads that decode and preprocess"
     )
     parser.add_argument(
         "--draft",
@@ -94,7 +94,7 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--processes",
-        type=at_least(1),
+        type=thread_count(),
         metavar="N",
         help="worker processes, which share the cores (default: 1); with --ray, actors in the "
         "cluster (default: one per GPU, without GPUs one per node)",

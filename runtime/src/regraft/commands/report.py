@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.bundle import Bundle
-from regraft.cli.options import add_force, at_least
+from regraft.cli.options import add_force, at_least, thread_count
 from regraft.errors import ImageError, InputError
 from regraft.files import check_output, whole_file
 from regraft.images import list_images
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threads",
-        type=at_least(1),
+        type=thread_count(),
         metavar="N",
         help="threads inside one run of the engine (default: the cores that may be used)",
     )

@@ -14,7 +14,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-from regraft.cli.options import add_engine, at_least, duration
+from regraft.cli.options import add_engine, at_least, duration, thread_count
 from regraft.errors import InputError, how_to_install
 from regraft.serve.settings import MIB, Batching, EngineChoice, Limits, Settings
 
@@ -119,7 +119,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--workers",
-        type=at_least(1),
+        type=thread_count(),
         default=settings.workers,
         metavar="N",
         help="threads that decode images (default: one a core)",

@@ -13,6 +13,7 @@ BuildOptions = Mapping[str, int | str]
 # Called with (what is being done, steps done, steps in all or None if nobody knows); from any
 # thread, and it never raises.
 BuildProgress = Callable[[str, int, int | None], None]
+MOST_THREADS = 1024  # no machine gains from more, and to start them can bring one down
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class EngineOptions:
     precision: str | None = None
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"threads is {self.threads}; expected at least 1")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise InputError(f"threads is {self.threads}; expected 1 to {MOST_THREADS}")
 
 
 @dataclass(frozen=True)

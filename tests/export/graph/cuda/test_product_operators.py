@@ -178,7 +178,20 @@ def test_three_products_of_the_same_tokens_are_one_node(nodes: str, biased: int)
     before, graph = spelled(model(nodes, **SQUARE)), model(nodes, **SQUARE)
     assert join_products(graph) == 1
     assert ops(graph) == {f"ThreeProducts{biased}Biased_fp32": 1, "Sub": 1, "Mul": 1}
+    assert graph.nodes[0].op.startswith("Three")  # before those that read it
     np.testing.assert_allclose(spelled(graph), before, atol=1e-5)
+
+
+def test_each_block_has_its_own() -> None:
+    nodes = (
+        THREE.replace("y = Mul", "h = Mul")
+        + """
+    a = regraft.Product_fp32(h, w) b = regraft.Product_fp32(h, u) i = regraft.Product_fp32(h, t)
+    o = Sub(a, b) y = Mul(o, i)"""
+    )
+    before, graph = spelled(model(nodes, **SQUARE)), model(nodes, **SQUARE)
+    assert join_products(graph) == 2
+    np.testing.assert_allclose(spelled(graph), before, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -192,8 +205,9 @@ def test_three_products_of_the_same_tokens_are_one_node(nodes: str, biased: int)
             "Product_fp32(x, t) s = Sub(q, k) y = Mul(s, v)",
             "Product_fp32(x, f) s = Sub(q, k) z = MatMul(v, g) y = Mul(s, z)",
         ),
+        THREE.replace("Product_fp32(x, t)", "AddRow_fp32(x, d)"),
     ],
-    ids=["two", "other tokens", "no operator", "four", "another width"],
+    ids=["two", "other tokens", "no operator", "four", "another width", "no product"],
 )
 def test_other_products_stay_apart(nodes: str) -> None:
     weights = {**SQUARE, "e": (D, D), "f": (D, 2 * D), "g": (2 * D, D)}

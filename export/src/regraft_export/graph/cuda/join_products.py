@@ -15,7 +15,7 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from regraft_export.graph.cuda.redirect_operator import DOMAIN, operator
-from regraft_export.graph.document import consumers
+from regraft_export.graph.document import Names, consumers
 
 _TOGETHER = 3
 _PRODUCTS = ("Product", "BiasedProduct")
@@ -30,7 +30,7 @@ def join_products(graph: gs.Graph) -> int:
     Returns:
         How many nodes there are now in the place of three.
     """
-    done = 0
+    done, names = 0, Names(graph)
     for node in list(graph.nodes):
         if not _is_product(node):
             continue
@@ -46,7 +46,7 @@ def join_products(graph: gs.Graph) -> int:
         for product in alike:
             product.inputs, product.outputs, product.domain = [], [], None  # not met again
         name = operator(f"ThreeProducts{len(biases)}Biased", weight)
-        joined = gs.Node(name, f"{node.name}.joined", {}, inputs, outputs, domain=DOMAIN)
+        joined = gs.Node(name, names.new(f"{node.name}.joined"), {}, inputs, outputs, domain=DOMAIN)
         graph.nodes[place] = joined
         done += 1
     graph.cleanup()
@@ -58,8 +58,8 @@ def _is_product(node: gs.Node) -> bool:
 
 
 def _is_alike(node: gs.Node, other: gs.Node) -> bool:
-    """Whether it is a product of the same input, with a weight of the same shape and dtype."""
-    if not _is_product(node) or node.inputs[0] is not other.inputs[0]:
-        return False
-    weight, its = node.inputs[1].values, other.inputs[1].values
-    return bool(weight.shape == its.shape and weight.dtype == its.dtype)
+    """Whether two readers of an input are products with weights of the same shape and dtype."""
+    return _is_product(node) and bool(
+        node.op.rpartition("_")[2] == other.op.rpartition("_")[2]
+        and node.inputs[1].values.shape == other.inputs[1].values.shape
+    )

@@ -16,6 +16,7 @@
 namespace regraft {
 
 constexpr const char* kFile = "products.txt";
+constexpr std::size_t kWorkspace = 32 << 20;  // bytes, what cuBLAS itself takes on Hopper
 
 // What a call says of itself: empty if it worked.
 using Text = std::string;
@@ -142,7 +143,7 @@ class Choices {
              ", and this is " + std::to_string(lt.GetVersion()) +
              "; run regraft build --force again";
     }
-    const Text cut = "regraft: " + path + " is cut off; run regraft build --force again";
+    const Text cut = "regraft: " + path + " is cut off or damaged; run regraft build --force again";
     if (std::fscanf(file, "%zu sizes", &count) != 1) return cut;
     for (std::size_t i = 0; i < count; ++i) {
       Size size{};
@@ -152,6 +153,7 @@ class Choices {
                       &choice.apart, &choice.workspace) != 8) {
         return cut;
       }
+      if (choice.workspace > kWorkspace) return cut;
       for (std::uint64_t& word : choice.algorithm.data) {
         if (std::fscanf(file, "%" SCNx64, &word) != 1) return cut;
       }

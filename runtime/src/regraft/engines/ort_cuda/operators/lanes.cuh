@@ -13,8 +13,6 @@
 
 namespace regraft {
 
-constexpr std::size_t kWorkspace = 32 << 20;  // bytes, what cuBLAS itself takes on Hopper
-
 // Memory for algorithms to work in. The nodes of a session follow each other, so that one serves
 // all of them; what runs beside takes one of another number.
 class Workspace {
@@ -35,12 +33,14 @@ class Workspace {
   }
 
   Text get(void** data) {
+    const std::lock_guard<std::mutex> lock(mutex_);
     if (data_ == nullptr) REGRAFT_CUDA(cudaMalloc(&data_, kWorkspace));
     *data = data_;
     return {};
   }
 
  private:
+  std::mutex mutex_;
   void* data_ = nullptr;
 };
 

@@ -6,7 +6,8 @@
 // process that runs the graph reads that file and times nothing: it computes what was verified. A
 // size that is not in it gets cuBLASLt's first proposal.
 //
-// Products of the same input run at the same time: a small batch leaves most of the card idle.
+// Products of the same input run at the same time where that is faster: a small batch leaves most
+// of the card idle.
 #pragma once
 
 #include <algorithm>
@@ -175,9 +176,10 @@ class Product {
 
   Text run(const Choice& choice, const void* x, const Lanes& lanes, cudaStream_t stream) const {
     Text failed;
-    int begun = 0, last = choice.apart ? 0 : size_.together;
-    for (; begun < last && failed.empty(); ++begun) {
+    int begun = 0;
+    for (const int last = choice.apart ? 0 : size_.together; begun < last; ++begun) {
       if (Beside* beside = lanes[begun].beside) failed = beside->begin(stream);
+      if (!failed.empty()) break;
     }
     for (int i = 0; i < size_.together && failed.empty(); ++i) {
       Beside* const beside = choice.apart ? nullptr : lanes[i].beside;

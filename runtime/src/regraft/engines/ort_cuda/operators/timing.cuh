@@ -15,7 +15,7 @@ constexpr int kRounds = 21;
 constexpr float kGain = 0.997f;
 // A card that reaches its limit of power lowers its clock within some 20 ms, and then a way that
 // does the same with less power is the faster one. So long products are decided at a stretch.
-constexpr float kLong = 0.02f;     // milliseconds of one product from which on that matters
+constexpr float kLong = 0.02f;     // milliseconds of one call from which on that matters
 constexpr float kClose = 1.03f;    // of the best: who takes part in the second part
 constexpr std::size_t kBest = 5;   // of those, at most
 constexpr float kStretch = 25.0f;  // milliseconds to settle, and as many to be timed
@@ -27,8 +27,8 @@ inline int repeats(const Size& size) {
   return static_cast<int>(std::clamp(4e11 / products, 4.0, 48.0));
 }
 
-// Runs calls with copies of a weight in turn, more than the card's cache holds: in a model, too,
-// others were read since.
+// Runs calls with copies of a weight in turn, about as many as the card's cache holds, or one for
+// each call: in a model, too, others were read since.
 class Timer {
  public:
   Timer() = default;
@@ -133,7 +133,7 @@ class Contest {
 
   void add(std::size_t which, cudaGraphExec_t graph) { all_.push_back({which, graph}); }
 
-  // The first of those that nobody beats by more than kGain.
+  // The fastest; a later one has to beat the best before it by kGain.
   Text decide(const Timer& timer, std::size_t* which) {
     if (all_.empty()) return "regraft: no algorithm of cuBLASLt can do a product";
     if (Text failed = bursts(timer); !failed.empty()) return failed;
@@ -144,6 +144,7 @@ class Contest {
     for (Contender& one : all_) {
       if (one.median <= kClose * best) close.push_back(&one);
     }
+    if (close.size() == 1) return {};
     if (close.size() > kBest) {
       std::nth_element(close.begin(), close.begin() + kBest, close.end(),
                        [](auto* a, auto* b) { return a->median < b->median; });
