@@ -471,6 +471,22 @@ def test_neurons_that_do_not_fit_a_patched_file_and_what_exists(
     assert "is patched already" in err
 
 
+def test_not_even_force_writes_over_what_is_read(
+    file: Callable[..., Path], tmp_path: Path, regraft: Callable[..., tuple[int, str, str]]
+) -> None:
+    path, near = file("timm", "dynamo", 18, {}), listed(tmp_path / "near.json", [(0, 191)])
+    outside = tmp_path / "outside.onnx"
+    model = onnx.load(path)
+    onnx.save(model, outside, save_as_external_data=True, location="o.onnx.data", size_threshold=0)
+    for source, out in ((path, path), (path, near), (outside, tmp_path / "o.onnx")):
+        before = {f: f.read_bytes() for f in (path, near, outside, tmp_path / "o.onnx.data")}
+        code, _, err = regraft("patch", source, "--neurons", near, "--out", out, "--force")
+        assert (code, err.count("\n")) == (1, 1)
+        assert "would be written over, and is read; give another --out" in err
+        assert {f: f.read_bytes() for f in before} == before
+    assert not (tmp_path / "o.onnx").exists()
+
+
 def test_causal_attention_and_relative_bias_are_refused(
     file: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +81,15 @@ def run(args: argparse.Namespace) -> int:
     _check_arguments.refuse_alone(args)
     neurons = Neurons.load(args.neurons)
     file = read_file(args.model)
-    if file.external and args.out is not None and not args.dry_run:
-        check_output(data_path(args.out), args.force)
+    if args.out is not None and not args.dry_run:
+        if file.external:
+            check_output(data_path(args.out), args.force)
+        read = {
+            Path(args.model),
+            Path(args.neurons),
+            *(tensor.path for tensor in file.stored.values()),
+        }
+        _spare_inputs((args.out, *([data_path(args.out)] if file.external else [])), read)
     found = survey(file, prefix=args.prefix, image_size=image_size(args.image_size))
     for warning in check_belongs(neurons, found, args.force):
         print(f"regraft: warning: {warning}", file=sys.stderr)
@@ -107,6 +114,18 @@ def run(args: argparse.Namespace) -> int:
     if checked is not None:
         checked.gate()
     return 0
+
+
+def _spare_inputs(written: Iterable[Path], read: Iterable[Path]) -> None:
+    """Not even ``--force`` writes over what is being read: nothing could be patched from it again.
+
+    Raises:
+        InputError: a file is both.
+    """
+    inputs = {path.resolve() for path in read}
+    for path in written:
+        if path.resolve() in inputs:
+            raise InputError(f"{path}: would be written over, and is read; give another --out")
 
 
 def _facts(found: Survey) -> dict[str, Any]:
