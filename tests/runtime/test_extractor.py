@@ -285,7 +285,9 @@ def test_a_graph_that_lacks_an_output_is_refused(pristine_bundle: Path) -> None:
         Extractor.open(bundle, engine)
 
 
-@pytest.mark.parametrize("option", ["batch_size", "threads"])
-def test_sizes_below_one_are_refused(pristine_bundle: Path, option: str) -> None:
-    with pytest.raises(InputError, match=f"{option} is 0; expected "):
+@pytest.mark.parametrize(
+    ("option", "expected"), [("batch_size", "at least 1"), ("threads", "1 to 1024")]
+)
+def test_sizes_below_one_are_refused(pristine_bundle: Path, option: str, expected: str) -> None:
+    with pytest.raises(InputError, match=f"{option} is 0; expected {expected}"):
         Extractor.open(pristine_bundle, **{option: 0})

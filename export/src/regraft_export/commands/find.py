@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=at_least(1), default=16, metavar="N", help="images per pass (16)"
     )
     parser.add_argument(
-        "--workers", type=thread_count(), metavar="N", help="decoding threads (one per core)"
+        "--workers", type=thread_count, metavar="N", help="decoding threads (one per core)"
     )
     parser.add_argument(
         "--device", default="cpu", help="cpu (default), cuda, cuda:1, ... (ONNX files: cpu)"

@@ -75,21 +75,19 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out is None and not args.dry_run:
         raise InputError("--out is missing; expected the file to write, or --dry-run")
-    if args.out is not None and not args.dry_run:
+    if not args.dry_run:
         check_output(args.out, args.force)
     options = redirect_options(args)
     _check_arguments.refuse_alone(args)
     neurons = Neurons.load(args.neurons)
     file = read_file(args.model)
-    if args.out is not None and not args.dry_run:
+    if not args.dry_run:
+        outputs = [args.out]
         if file.external:
-            check_output(data_path(args.out), args.force)
-        read = {
-            Path(args.model),
-            Path(args.neurons),
-            *(tensor.path for tensor in file.stored.values()),
-        }
-        _spare_inputs((args.out, *([data_path(args.out)] if file.external else [])), read)
+            outputs.append(data_path(args.out))
+            check_output(outputs[-1], args.force)
+        stored = {tensor.path for tensor in file.stored.values()}
+        _spare_inputs(outputs, {args.model, Path(args.neurons), *stored})
     found = survey(file, prefix=args.prefix, image_size=image_size(args.image_size))
     for warning in check_belongs(neurons, found, args.force):
         print(f"regraft: warning: {warning}", file=sys.stderr)

@@ -20,7 +20,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     add_precision(parser)
     parser.add_argument(
         "--threads",
-        type=thread_count(),
+        type=thread_count,
         metavar="N",
         help="threads inside one run of the engine (default: the cores that may be used)",
     )
@@ -58,11 +58,11 @@ def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
     return integer
 
 
-def thread_count() -> Callable[[str], int]:
+def thread_count(text: str) -> int:
     """An argument type: how many threads or processes; a slip of the finger shall not start all."""
     from regraft.engines.options import MOST_THREADS
 
-    return at_least(1, MOST_THREADS)
+    return at_least(1, MOST_THREADS)(text)
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threads",
-        type=thread_count(),
+        type=thread_count,
         metavar="N",
         help="threads inside one run, for the gate (default: the cores that may be used)",
     )

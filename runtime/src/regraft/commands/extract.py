@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"images per run of the engine (default: {BATCH_SIZE})",
     )
     parser.add_argument(
-        "--workers", type=thread_count(), metavar="N", help="threads that decode and preprocess"
+        "--workers", type=thread_count, metavar="N", help="threads that decode and preprocess"
     )
     parser.add_argument(
         "--draft",
@@ -94,7 +94,7 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--processes",
-        type=thread_count(),
+        type=thread_count,
         metavar="N",
         help="worker processes, which share the cores (default: 1); with --ray, actors in the "
         "cluster (default: one per GPU, without GPUs one per node)",

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threads",
-        type=thread_count(),
+        type=thread_count,
         metavar="N",
         help="threads inside one run of the engine (default: the cores that may be used)",
     )

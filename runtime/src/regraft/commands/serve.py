@@ -119,7 +119,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--workers",
-        type=thread_count(),
+        type=thread_count,
         default=settings.workers,
         metavar="N",
         help="threads that decode images (default: one a core)",
