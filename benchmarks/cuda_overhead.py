@@ -6,7 +6,10 @@ they return is checked against PyTorch with hooks in float32. Times are the card
 runs in a row, without copies; ``first_ms`` are single runs, with the time to start them. Graphs
 with regraft's own operators are compared with a baseline that has them, too. A rival
 that fails or finds no memory is left out and its reason recorded; without the baseline nothing is
-timed. A result file that exists is continued; a cell of the same settings is replaced.
+timed. A result file that exists is continued; a cell of the same settings is replaced. How the
+rivals take turns, :mod:`benchmarks.cuda_rounds` says: ``over_baseline`` of our own graphs is from
+close comparison, ``of_each`` has every opened graph's own median there; all else is from runs at
+their pace.
 """
 
 from __future__ import annotations
@@ -41,10 +44,11 @@ from benchmarks.cuda_graphs import (
     open_cuda,
     write_forms,
 )
+from benchmarks.cuda_rounds import SETTLED, Rival, at_their_pace, closely, fills_the_card, ratio
 from benchmarks.machine import RESULTS, circumstances
 from regraft.engines.ort_cuda.operators import source_sha256
 from regraft.neurons import Neurons
-from regraft.timing import Ratio, Times, compare
+from regraft.timing import Ratio, Times
 from regraft_export.graph.cuda.fuse import Choices
 from regraft_export.trace import DTYPES, trace
 from regraft_export.vit.hooks import redirected, register_replaced
@@ -64,14 +68,10 @@ FORMS = {
     OWN_KV: Form(PER_NEURON, OWN, kv=True),
 }
 HOOKS, EAGER, COMPILED = "PyTorch with hooks", "PyTorch unpatched", "torch.compile unpatched"
-Rival = Callable[[int], float]  # runs in a row -> seconds per run
+# What the aims are about is opened so often: see benchmarks.cuda_rounds.
+OPENED = {OWN_BASELINE: 3, "patched, operators": 3, "constant, operators": 3}
 # check_error exits; torch's memory and compiler errors, and our engine's.
 _FAILURES = (Exception, SystemExit)
-SAMPLE = 0.01  # seconds of runs in a row that make one figure
-# Runs that fill the card take it to its limit of power, and it needs some 20 ms to settle at a
-# clock: at that of whoever ran before, until then.
-FULL = 0.002  # seconds of a run, from which on that is so
-SETTLED = 0.05  # seconds of runs in a row before those that make the figure, and of those
 
 
 def main() -> None:
@@ -139,18 +139,20 @@ class _Cell:
         self.details: dict[str, str] = {}
         self.failures: dict[str, str] = {}
         self.full = False
+        self.graphs: dict[str, list[Rival]] = {}
 
     def measure(self) -> dict[str, Any]:
         """The cell, with what failed and why."""
         times: dict[str, Times] = {}
         firsts: dict[str, Times] = {}
+        close: dict[str, list[Times]] = {}
         try:
-            times, firsts = self._measured()
+            times, firsts, close = self._measured()
         except _FAILURES as error:
             self.failures["all"] = _reason(error)
-        return self._result(times, firsts)
+        return self._result(times, firsts, close)
 
-    def _measured(self) -> tuple[dict[str, Times], dict[str, Times]]:
+    def _measured(self) -> tuple[dict[str, Times], dict[str, Times], dict[str, list[Times]]]:
         right, plain = self._right()
         rivals: dict[str, Rival] = {}
         with ExitStack() as stack, torch.no_grad():
@@ -163,8 +165,11 @@ class _Cell:
                 expected = right["patched"] if name == HOOKS else plain
                 self._add(rivals, name, partial(self._torch, stack, name, tensor, expected))
             if BASELINE not in rivals:
-                return {}, {}
-            return self._times(rivals)
+                return {}, {}, {}
+            seconds, rounds = self.args.seconds, self.args.rounds
+            self.full = fills_the_card(rivals[BASELINE])
+            times, firsts = at_their_pace(rivals, self.full, seconds=seconds, rounds=rounds)
+            return times, firsts, closely(self.graphs, seconds=seconds)
 
     def _add(self, rivals: dict[str, Rival], name: str, make: Callable[[], Rival]) -> None:
         """Adds a rival that was checked, or the reason why there is none."""
@@ -177,14 +182,22 @@ class _Cell:
             _forget_memory()
 
     def _graph(self, stack: ExitStack, name: str, right: dict[str, Array]) -> Rival:
-        """One of the graphs for ``ort-cuda``."""
+        """One of the graphs for ``ort-cuda``, opened as often as it is to be."""
+        with ExitStack() as opened:
+            same = [self._opened(opened, name, right) for _ in range(OPENED.get(name, 1))]
+            stack.enter_context(opened.pop_all())
+        self.graphs[name] = same
+        return same[0]
+
+    def _opened(self, stack: ExitStack, name: str, right: dict[str, Array]) -> Rival:
         with ExitStack() as opened:
             free = torch.cuda.mem_get_info()[0]
             engine = opened.enter_context(open_cuda(self.folder, name, self.args.precision))
             got = engine.run(self.pixels, [OUTPUT])[OUTPUT]
             engine.device_seconds(self.batch, 2)
-            self.memory[name] = (free - torch.cuda.mem_get_info()[0]) / 2**20
-            self.errors[name] = check_error(name, got, right[name], self.args.precision)
+            self.memory.setdefault(name, (free - torch.cuda.mem_get_info()[0]) / 2**20)
+            error = check_error(name, got, right[name], self.args.precision)
+            self.errors[name] = max(error, self.errors.get(name, 0.0))
             self.details = self.details or engine.details()
             enough_runs(engine, self.batch)
             stack.enter_context(opened.pop_all())
@@ -233,28 +246,18 @@ class _Cell:
             stack.enter_context(opened.pop_all())
         return _on_card(run, tensor)
 
-    def _times(self, rivals: dict[str, Rival]) -> tuple[dict[str, Times], dict[str, Times]]:
-        seconds, rounds = self.args.seconds, self.args.rounds
-        once = {name: rival(3) for name, rival in rivals.items()}
-        self.full = once[BASELINE] > FULL
-        sample = SETTLED if self.full else SAMPLE
-        runs = {name: max(1, round(sample / each)) for name, each in once.items()}
-        times = compare(
-            {
-                name: partial(_settled, rival, runs[name], self.full)
-                for name, rival in rivals.items()
-            },
-            seconds=seconds,
-            rounds=rounds,
-        )
-        singles = {name: partial(rival, 1) for name, rival in rivals.items()}
-        return times, compare(singles, seconds=seconds / 3, rounds=rounds)
-
-    def _result(self, times: dict[str, Times], firsts: dict[str, Times]) -> dict[str, Any]:
+    def _result(
+        self,
+        times: dict[str, Times],
+        firsts: dict[str, Times],
+        close: dict[str, list[Times]],
+    ) -> dict[str, Any]:
         rows = {}
         for name, t in times.items():
+            same = close.get(name, [])
             own = name.endswith(", operators") and OWN_BASELINE in times
-            over = Ratio.of(t, times[OWN_BASELINE if own else BASELINE])
+            base = OWN_BASELINE if own else BASELINE
+            over = ratio(same, close[base]) if same else Ratio.of(t, times[base])
             hooks = Ratio.of(times[HOOKS], t) if HOOKS in times else None
             rows[name] = {
                 "median_ms": round(t.median * 1e3, 4),
@@ -262,6 +265,7 @@ class _Cell:
                 "first_p99_ms": round(firsts[name].p99 * 1e3, 4),
                 "images_per_second": round(self.batch / t.median, 1),
                 "over_baseline": [round(x, 4) for x in (over.median, over.low, over.high)],
+                "of_each": [round(one.median * 1e3, 4) for one in same],
                 "hooks_over_it": hooks
                 and [round(x, 3) for x in (hooks.median, hooks.low, hooks.high)],
                 "relative_error": float(f"{self.errors[name]:.2g}"),
@@ -280,17 +284,12 @@ class _Cell:
             "neurons": self.args.neurons,
             "batch": self.batch,
             "rounds": len(times[BASELINE].seconds) if times else 0,
+            "close_rounds": len(close[BASELINE][0].seconds) if close else 0,
             "settled_ms": round(1e3 * SETTLED) if self.full else 0,
             "operators": source_sha256()[:16],
             "rivals": rows,
             "failures": self.failures,
         }
-
-
-def _settled(rival: Rival, runs: int, full: bool) -> float:
-    if full:
-        rival(runs)
-    return rival(runs)
 
 
 def _features(module: Any, tensor: Tensor) -> Array:

@@ -79,11 +79,13 @@ struct Size {
   std::int64_t rows, inner, columns;
 
   bool operator<(const Size& other) const { return tied() < other.tied(); }
-  std::size_t bytes_of_weight() const {
-    return static_cast<std::size_t>(inner * columns) * (type == CUDA_R_32F ? 4 : 2);
-  }
+  std::size_t bytes_of_weight() const { return bytes(inner * columns); }
+  std::size_t bytes_of_input() const { return bytes(rows * inner); }
 
  private:
+  std::size_t bytes(std::int64_t count) const {
+    return static_cast<std::size_t>(count) * (type == CUDA_R_32F ? 4 : 2);
+  }
   std::tuple<int, int, int, std::int64_t, std::int64_t, std::int64_t> tied() const {
     return {type, biased, together, rows, inner, columns};
   }

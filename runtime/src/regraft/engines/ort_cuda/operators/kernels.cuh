@@ -87,6 +87,15 @@ __global__ void __launch_bounds__(kThreads) add_row(T* sum, const T* row, int to
   }
 }
 
+__global__ void __launch_bounds__(kThreads)
+pass_on(uint4* to, const uint4* from, std::size_t count) {
+  const std::size_t step = static_cast<std::size_t>(gridDim.x) * kThreads;
+  for (std::size_t i = static_cast<std::size_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
+       i += step) {
+    to[i] = from[i];
+  }
+}
+
 template <typename T>
 struct alignas(16) Eight {
   T of[8];

@@ -6,20 +6,17 @@
 #include <vector>
 
 #include "choices.cuh"
+#include "kernels.cuh"
 
 namespace regraft {
 
 constexpr std::size_t kAligned = 256;  // bytes, what cuBLASLt takes for granted
 constexpr int kRounds = 21;
+constexpr int kEarly = 3;           // rounds, after which
+constexpr float kHopeless = 1.15f;  // of the best are given up
 // A later way has to be so much faster than an earlier one: cuBLASLt's order breaks ties.
-constexpr float kGain = 0.997f;
-// A card that reaches its limit of power lowers its clock within some 20 ms, and then a way that
-// does the same with less power is the faster one. So long products are decided at a stretch.
-constexpr float kLong = 0.02f;     // milliseconds of one call from which on that matters
-constexpr float kClose = 1.03f;    // of the best: who takes part in the second part
-constexpr std::size_t kBest = 5;   // of those, at most
-constexpr float kStretch = 25.0f;  // milliseconds to settle, and as many to be timed
-constexpr int kStretches = 3;
+constexpr float kGain = 0.998f;
+constexpr int kPassing = 1024;  // blocks that write a product's input anew
 
 // How many calls in a row make one time: about a millisecond's, at 400 TFLOP/s.
 inline int repeats(const Size& size) {
@@ -27,8 +24,11 @@ inline int repeats(const Size& size) {
   return static_cast<int>(std::clamp(4e11 / products, 4.0, 48.0));
 }
 
-// Runs calls with copies of a weight in turn, about as many as the card's cache holds, or one for
-// each call: in a model, too, others were read since.
+// Runs calls as a model does. Their weights are copies in turn, about as many as the card's cache
+// holds, or one for each call: in a model, too, others were read since. And before each call its
+// input is written anew. One product after another finds the cache otherwise than in a model, and
+// takes the card to its limit of power, where others are the fastest than in a model that also
+// normalises and attends.
 class Timer {
  public:
   Timer() = default;
@@ -40,11 +40,13 @@ class Timer {
     cudaFree(copies_);
   }
 
-  Text prepare(const void* weight, const Size& size, cudaStream_t stream) {
+  Text prepare(const void* x, const void* weight, const Size& size, cudaStream_t stream) {
     int device = 0, cache = 0;
     REGRAFT_CUDA(cudaGetDevice(&device));
     REGRAFT_CUDA(cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device));
     stream_ = stream;
+    input_ = x;
+    passed_ = size.bytes_of_input() / sizeof(uint4);
     calls_ = repeats(size);
     bytes_ = (size.bytes_of_weight() + kAligned - 1) / kAligned * kAligned;
     const std::size_t together = static_cast<std::size_t>(size.together);
@@ -75,7 +77,13 @@ class Timer {
     cudaGraph_t graph = nullptr;
     REGRAFT_CUDA(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
     bool fine = true;
-    for (int i = 0; i < calls_ && fine; ++i) fine = call(i);
+    for (int i = 0; i < calls_ && fine; ++i) {
+      // Onto itself: what is there stays as it is.
+      kernels::pass_on<<<kPassing, kernels::kThreads, 0, stream_>>>(
+          static_cast<uint4*>(const_cast<void*>(input_)), static_cast<const uint4*>(input_),
+          passed_);
+      fine = call(i);
+    }
     cudaError_t status = cudaStreamEndCapture(stream_, &graph);
     if (fine && status == cudaSuccess) status = cudaGraphInstantiate(executable, graph, 0);
     if (graph != nullptr) cudaGraphDestroy(graph);
@@ -87,23 +95,21 @@ class Timer {
     return {};
   }
 
-  // Milliseconds of one call, over some launches after others that are not timed.
-  Text time(cudaGraphExec_t graph, int before, int launches, float* milliseconds) const {
-    for (int i = 0; i < before; ++i) REGRAFT_CUDA(cudaGraphLaunch(graph, stream_));
+  // Milliseconds of one launch.
+  Text time(cudaGraphExec_t graph, float* milliseconds) const {
     REGRAFT_CUDA(cudaEventRecord(start_, stream_));
-    for (int i = 0; i < launches; ++i) REGRAFT_CUDA(cudaGraphLaunch(graph, stream_));
+    REGRAFT_CUDA(cudaGraphLaunch(graph, stream_));
     REGRAFT_CUDA(cudaEventRecord(stop_, stream_));
     REGRAFT_CUDA(cudaEventSynchronize(stop_));
     REGRAFT_CUDA(cudaEventElapsedTime(milliseconds, start_, stop_));
-    *milliseconds /= static_cast<float>(launches * calls_);
     return {};
   }
-
-  int calls() const { return calls_; }
 
  private:
   cudaStream_t stream_ = nullptr;
   cudaEvent_t start_ = nullptr, stop_ = nullptr;
+  const void* input_ = nullptr;
+  std::size_t passed_ = 0;  // of the input, in pieces of 16 bytes
   char* copies_ = nullptr;
   std::size_t bytes_ = 0, count_ = 0;  // from a copy to the next; copies
   int calls_ = 1;                      // in a graph
@@ -113,12 +119,12 @@ struct Contender {
   std::size_t which;
   cudaGraphExec_t graph;
   std::vector<float> times = {};
-  float median = 0;
+  bool hopeless = false;
 
-  void settle() {
-    std::sort(times.begin(), times.end());
-    median = times[times.size() / 2];
-    times.clear();
+  float median() const {
+    std::vector<float> sorted = times;
+    std::sort(sorted.begin(), sorted.end());
+    return sorted[sorted.size() / 2];
   }
 };
 
@@ -136,69 +142,33 @@ class Contest {
   // The fastest; a later one has to beat the best before it by kGain.
   Text decide(const Timer& timer, std::size_t* which) {
     if (all_.empty()) return "regraft: no algorithm of cuBLASLt can do a product";
-    if (Text failed = bursts(timer); !failed.empty()) return failed;
-    const float best = fastest(all_).median;
-    *which = fastest(all_).which;
-    if (best < kLong) return {};
-    std::vector<Contender*> close;
-    for (Contender& one : all_) {
-      if (one.median <= kClose * best) close.push_back(&one);
+    // All in turn, so that a clock that falls is the same for each.
+    for (int round = 0; round <= kRounds; ++round) {
+      for (Contender& one : all_) {
+        float milliseconds = 0;
+        if (one.hopeless) continue;
+        if (Text failed = timer.time(one.graph, &milliseconds); !failed.empty()) return failed;
+        if (round > 0) one.times.push_back(milliseconds);  // the first one loads kernels
+      }
+      if (round == kEarly) give_up();
     }
-    if (close.size() == 1) return {};
-    if (close.size() > kBest) {
-      std::nth_element(close.begin(), close.begin() + kBest, close.end(),
-                       [](auto* a, auto* b) { return a->median < b->median; });
-      close.resize(kBest);
-      std::sort(close.begin(), close.end());  // cuBLASLt's order again
-    }
-    if (Text failed = stretches(timer, close); !failed.empty()) return failed;
-    std::vector<Contender> last;
-    for (Contender* one : close) last.push_back(*one);
-    *which = fastest(last).which;
+    *which = fastest().which;
     return {};
   }
 
  private:
-  static const Contender& fastest(const std::vector<Contender>& all) {
-    const Contender* best = &all.front();
-    for (const Contender& one : all) {
-      if (one.median < kGain * best->median) best = &one;
+  const Contender& fastest() const {
+    const Contender* best = nullptr;
+    for (const Contender& one : all_) {
+      if (one.hopeless) continue;
+      if (best == nullptr || one.median() < kGain * best->median()) best = &one;
     }
     return *best;
   }
 
-  // All in turn, so that a clock that falls is the same for each.
-  Text bursts(const Timer& timer) {
-    for (int round = 0; round <= kRounds; ++round) {
-      for (Contender& one : all_) {
-        float milliseconds = 0;
-        if (Text failed = timer.time(one.graph, 0, 1, &milliseconds); !failed.empty()) {
-          return failed;
-        }
-        if (round > 0) one.times.push_back(milliseconds);  // the first one loads kernels
-      }
-    }
-    for (Contender& one : all_) one.settle();
-    return {};
-  }
-
-  // Each for as long as it takes to settle, forwards and backwards.
-  Text stretches(const Timer& timer, std::vector<Contender*> close) {
-    for (int round = 0; round < kStretches; ++round) {
-      for (Contender* one : close) {
-        const float each = one->median * static_cast<float>(timer.calls());
-        const int launches = std::max(1, static_cast<int>(kStretch / each));
-        float milliseconds = 0;
-        if (Text failed = timer.time(one->graph, launches, launches, &milliseconds);
-            !failed.empty()) {
-          return failed;
-        }
-        one->times.push_back(milliseconds);
-      }
-      std::reverse(close.begin(), close.end());
-    }
-    for (Contender* one : close) one->settle();
-    return {};
+  void give_up() {
+    const float limit = kHopeless * fastest().median();
+    for (Contender& one : all_) one.hopeless = one.median() > limit;
   }
 
   std::vector<Contender> all_;
