@@ -101,7 +101,7 @@ def test_options_that_need_a_token_are_refused(
         *("export", bundles.PLANTED, "--neurons", neurons, "--images", photos, "--variant", "kv"),
         *("--out", tmp_path / "bundle", *words),
     )
-    assert code == 1
+    assert code == 2
     assert message in err
     assert not (tmp_path / "bundle").exists()
 

@@ -255,12 +255,6 @@ def test_a_constant_value_without_recorded_values_is_refused(
             ("--attentions", "9"),
             "--attentions: there is no block 9; the model has 4 blocks, 0 to 3",
         ),
-        (
-            ("--registers", "2", "--scale", "1"),
-            "scale has 1 values for 2 registers; expected one per register",
-        ),
-        (("--registers", "65"), "registers is 65; expected 1 to 64"),
-        (("--image-size", "1,2,3"), "--image-size has 3 numbers; expected one, or two"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(
@@ -277,15 +271,33 @@ def test_options_that_do_not_fit_are_refused(
     ("words", "message"),
     [
         (("--value", "median"), "argument --value: invalid choice: 'median'"),
-        (("--registers", "0"), "argument --registers: '0' is not an integer from 1"),
+        (("--registers", "0"), "argument --registers: '0' is not an integer from 1 to 64"),
+        (("--registers", "65"), "argument --registers: '65' is not an integer from 1 to 64"),
+        (("--scale", "0"), "argument --scale: '0' is not a number from 6.1e-05 to 65504"),
+        (("--scale", "-1"), "argument --scale: '-1' is not a number from 6.1e-05 to 65504"),
+        (("--scale", "1e30"), "argument --scale: '1e30' is not a number from 6.1e-05 to 65504"),
+        (("--scale", "nan"), "argument --scale: 'nan' is not a finite number"),
+        (
+            ("--registers", "2", "--scale", "1"),
+            "regraft: --scale has 1 number for 2 registers; expected one per register\n",
+        ),
+        (
+            ("--calibration-images", "8"),
+            "regraft: --calibration-images is for --variant kv, and the variant is token; give "
+            "both or neither\n",
+        ),
+        (("--image-size", "1,2,3"), "argument --image-size: '1,2,3' has 3 numbers; expected one"),
         (("--layers", "1,x"), "argument --layers: 'x' is not an integer from 0"),
         (("--precision", "int8"), "argument --precision: invalid choice: 'int8'"),
     ],
 )
-def test_wrong_usage_exits_with_two(export: Regraft, words: tuple[str, ...], message: str) -> None:
+def test_wrong_usage_exits_with_two(
+    export: Regraft, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
     code, out, err = export(*words)
     assert (code, out) == (2, "")
     assert message in err
+    assert nothing_left(tmp_path)
 
 
 def test_an_unreadable_picture_among_good_ones_is_named_once_and_left_out(

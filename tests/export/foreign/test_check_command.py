@@ -175,7 +175,7 @@ def test_options_that_need_check(path: Path, listed: Callable[..., Path], regraf
     words = ("patch", path, "--neurons", listed((48, 32)), "--dry-run")
     for more in ("--check-images", 3), ("--crop-pct", 0.9):
         code, out, err = regraft(*words, *more)
-        assert (code, out) == (1, "")
+        assert (code, out) == (2, "")
         assert f"{more[0]} is given without --check DIR" in err
 
 

@@ -66,7 +66,8 @@ def test_the_picture_shows_the_figures(
         each += [row["baseline_ms"] / row["batch"], row["patched_ms"] / row["batch"]]
     assert [bar / max(bars) for bar in bars] == pytest.approx([e / max(each) for e in each], 0.01)
     assert "exists already" in regraft(*words, "--plot", picture)[2]
-    assert "ends in '.png'; expected .svg" in regraft(*words, "--plot", tmp_path / "b.png")[2]
+    code, _, err = regraft(*words, "--plot", tmp_path / "b.png")
+    assert (code, "ends in '.png'; expected .svg" in err) == (2, True)
 
 
 def test_a_bundle_without_baseline_says_so(

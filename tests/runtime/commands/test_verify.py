@@ -77,7 +77,7 @@ def test_another_model_is_refused(regraft: Regraft, bundle: Path, images: Path) 
 
 def test_weights_without_a_model_are_refused(regraft: Regraft, bundle: Path, images: Path) -> None:
     code, out, err = regraft("verify", bundle, "--images", images, "--weights", "w.safetensors")
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert err == "regraft: --weights is given without --model; give both or neither\n"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.cli.options import at_least
-from regraft.errors import EngineError, InputError, ModelError, RewriteError
+from regraft.errors import EngineError, InputError, ModelError, RewriteError, UsageError
 from regraft_export.commands._model_arguments import (
     add_preprocessing_arguments,
     preprocessing_overrides,
@@ -52,12 +52,12 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_alone(args: argparse.Namespace) -> None:
-    """Raises InputError if something is said of a check that is not asked for."""
+    """Raises UsageError if something is said of a check that is not asked for."""
     names = ("check_images", *_PREPARES)
     given = [name for name in names if getattr(args, name) is not None]
     if args.check is None and given:
         option = given[0].replace("_", "-")
-        raise InputError(f"--{option} is given without --check DIR; give both or neither")
+        raise UsageError(f"--{option} is given without --check DIR; give both or neither")
 
 
 def images(args: argparse.Namespace, neurons: Neurons, found: Survey) -> NDArray[np.float32]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.cli.options import add_force, at_least, integers
 from regraft.constants import VARIANTS
-from regraft.errors import InputError
+from regraft.errors import InputError, UsageError
 from regraft_export.commands._model_arguments import add_model_arguments, load_model
 from regraft_export.commands._redirect_arguments import add_redirect_arguments, redirect_options
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from regraft.verification import Verification
 
 _PRECISIONS = ("fp32", "fp16", "bf16")
+_CALIBRATION = 128  # images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,10 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-images",
         type=at_least(1),
-        default=128,
         metavar="N",
         help="--variant kv: take the mean over at most N of the --images, none of which is "
-        "verified on (default: %(default)s)",
+        f"verified on (default: {_CALIBRATION})",
     )
     add_redirect_arguments(parser)
     outputs = parser.add_argument_group("outputs")
@@ -97,6 +97,11 @@ def run(args: argparse.Namespace) -> int:
     from regraft_export.outlier_level import measured_level, recorded_level
     from regraft_export.vit.structure import from_module
 
+    if args.calibration_images is not None and args.variant != "kv":
+        raise UsageError(
+            f"--calibration-images is for --variant kv, and the variant is {args.variant}; give "
+            "both or neither"
+        )
     check_output(args.out, args.force, marker=NAME)
     neurons = Neurons.load(args.neurons)
     options = _options(args)
@@ -192,7 +197,7 @@ def shared_out(paths: list[Path], args: argparse.Namespace) -> tuple[list[Path],
     verified = spread(paths, min(args.max_images, len(paths) // 2))
     taken = set(verified)
     others = [path for path in paths if path not in taken]
-    return verified, spread(others, args.calibration_images)
+    return verified, spread(others, args.calibration_images or _CALIBRATION)
 
 
 def spread(paths: list[Path], most: int) -> list[Path]:

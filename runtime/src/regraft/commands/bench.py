@@ -22,10 +22,10 @@ from PIL import Image
 from regraft import __version__
 from regraft.bench_plot import Pair, svg
 from regraft.bundle import Bundle
-from regraft.cli.options import add_engine, add_force, at_least, duration, integers
+from regraft.cli.options import add_engine, add_force, at_least, duration, file_name, integers
 from regraft.engines import Engine, EngineOptions
 from regraft.engines.cores import processor
-from regraft.errors import GateError, InputError
+from regraft.errors import GateError
 from regraft.extractor import Extractor
 from regraft.features import Features
 from regraft.files import check_output, whole_file
@@ -61,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=at_least(2), default=10, metavar="N", help="at least so many (default: 10)"
     )
     add_engine(parser)
-    parser.add_argument("--plot", metavar="FILE.svg", help="draw the figures, too")
+    parser.add_argument(
+        "--plot", type=file_name(".svg"), metavar="FILE.svg", help="draw the figures, too"
+    )
     add_force(parser)
     parser.add_argument("--json", action="store_true", help="print the figures for machines")
 
@@ -84,8 +86,6 @@ class Row:
 def run(args: argparse.Namespace) -> int:
     """Measures, and prints a table."""
     if args.plot is not None:
-        if Path(args.plot).suffix != ".svg":
-            raise InputError(f"{args.plot}: ends in {Path(args.plot).suffix!r}; expected .svg")
         check_output(args.plot, args.force)
     bundle = Bundle.open(args.bundle)
     options = EngineOptions(threads=args.threads, precision=args.precision)

@@ -26,12 +26,12 @@ from regraft.bulk.processes import ProcessCrew
 from regraft.bulk.run import Crew, choose_shard_size, extract_folder, job_of
 from regraft.bulk.work import Opening, Task, Watcher, compute
 from regraft.bundle import Bundle
-from regraft.cli.options import add_engine, add_force, at_least, thread_count, words
+from regraft.cli.options import add_engine, add_force, at_least, file_name, thread_count, words
 from regraft.engines.cores import usable_cores
-from regraft.errors import InputError
+from regraft.errors import InputError, UsageError
 from regraft.extractor import BATCH_SIZE
-from regraft.feature_files import DTYPES, check_suffix, feature_file
-from regraft.features import available_fields
+from regraft.feature_files import DTYPES, SUFFIXES, check_suffix, feature_file
+from regraft.features import SOURCES, available_fields
 from regraft.files import check_output
 from regraft.images import list_images
 from regraft.parquet_files import require_pyarrow
@@ -49,12 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         required=True,
+        type=_out,
         metavar="OUT",
         help="what to write: a file (.npz, .parquet), or a folder (a name without a suffix)",
     )
     parser.add_argument(
         "--outputs",
-        type=words,
+        type=_fields,
         metavar="NAMES",
         help="which features, such as cls,patches,pooled (default: all that the bundle gives)",
     )
@@ -172,6 +173,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _out(text: str) -> str:
+    """An argument type: the name of a file or a folder."""
+    if not _is_folder(text):
+        return file_name(*SUFFIXES)(text)
+    if Path(text).suffix.lower() in SUFFIXES:
+        raise argparse.ArgumentTypeError(
+            f"{text}: ends as a file does, and in {os.sep!r} as a folder does; expected one of both"
+        )
+    return text
+
+
+def _fields(text: str) -> tuple[str, ...]:
+    """An argument type: fields of the features."""
+    chosen = words(text)
+    for name in chosen:
+        if name not in SOURCES:
+            raise argparse.ArgumentTypeError(
+                f"there is no output {name!r}; expected {', '.join(SOURCES)}"
+            )
+    return chosen
+
+
 def _is_folder(out: str) -> bool:
     return out.endswith(os.sep) or not Path(out).suffix
 
@@ -183,7 +206,7 @@ def _refuse_folder_options(args: argparse.Namespace) -> None:
         ("--shard-size", args.shard_size is not None),
     ):
         if given:
-            raise InputError(
+            raise UsageError(
                 f"{option} needs a folder to write to, and --out {args.out} is a file; give a "
                 "name without a suffix"
             )

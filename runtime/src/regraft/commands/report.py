@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.bundle import Bundle
-from regraft.cli.options import add_force, at_least, thread_count
+from regraft.cli.options import add_force, at_least, file_name, thread_count
 from regraft.errors import ImageError, InputError
 from regraft.files import check_output, whole_file
 from regraft.images import list_images
@@ -32,7 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("bundle", metavar="BUNDLE", help="folder that `regraft export` wrote")
     parser.add_argument("--images", required=True, nargs="+", metavar="DIR", help="any images")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the HTML file to write")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=file_name(".html"),
+        metavar="FILE.html",
+        help="the file to write",
+    )
     parser.add_argument(
         "--max-images",
         type=at_least(1),

@@ -24,7 +24,7 @@ from regraft import side_by_side
 from regraft.bundle import Bundle
 from regraft.cli.options import add_engine, at_least
 from regraft.engines import EngineOptions
-from regraft.errors import InputError, how_to_install
+from regraft.errors import InputError, UsageError, how_to_install
 from regraft.images import list_images
 from regraft.manifest import CUDA_GRAPHS
 from regraft.pipeline import Failure, batches
@@ -152,12 +152,13 @@ def open_reference(bundle: Bundle, args: argparse.Namespace) -> Any:
     """A context manager of what the engine is compared with.
 
     Raises:
-        InputError: ``--weights`` without ``--model``, ``--model`` without regraft-export, or a
-            bundle whose graph cannot be its own reference.
+        UsageError: ``--weights`` without ``--model``.
+        InputError: ``--model`` without regraft-export, or a bundle whose graph cannot be its own
+            reference.
     """
     if args.model is None:
         if args.weights is not None:
-            raise InputError("--weights is given without --model; give both or neither")
+            raise UsageError("--weights is given without --model; give both or neither")
         if bundle.manifest.precision == "bf16":
             raise InputError(
                 f"{bundle.path}: is a bf16 bundle, which ort-cpu, the reference without PyTorch, "
