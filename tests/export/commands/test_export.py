@@ -142,7 +142,9 @@ def test_neurons_of_another_model_are_refused_and_forced(
     code, out, err = export(model=bundles.PLAIN)
     assert (code, out) == (1, "")
     assert err.startswith(f"regraft: the neurons were found in {bundles.PLANTED} with weights ")
-    assert err.endswith("; run `regraft find` for this model and size, or give --force\n")
+    assert err.endswith(
+        "; run `regraft find` for this model, size and preprocessing, or give --force\n"
+    )
     assert err.count("\n") == 1
     assert nothing_left(tmp_path)
 
@@ -159,6 +161,27 @@ def test_neurons_of_another_size_are_refused(
     code, _, err = export("--force")
     assert code == 0
     assert err.startswith("regraft: warning: the neurons were found at image size [64, 48]")
+    assert err.endswith("(forced)\n")
+
+
+def test_neurons_of_another_preprocessing_are_refused_and_forced(
+    export: Regraft, neurons: Path, tmp_path: Path
+) -> None:
+    steps = bundles.loaded().preprocessing.to_json()
+    bundles.write_neurons(neurons, bundles.neurons(**bundles.found().about, preprocessing=steps))
+    assert export("--no-baseline")[0] == 0
+    other = ("--mean", "0.1", "0.2", "0.3", "--interpolation", "nearest", "--no-baseline")
+    code, out, err = export(*other, "--out", tmp_path / "other")
+    assert (code, out) == (1, "")
+    assert err.startswith(
+        "regraft: the neurons were found with another preprocessing: interpolation bicubic, here "
+        "nearest, mean 0.485 0.456 0.406, here 0.1 0.2 0.3; "
+    )
+    assert err.endswith(" or give --force\n")
+    assert not (tmp_path / "other").exists()
+    code, _, err = export(*other, "--force")
+    assert code == 0
+    assert err.startswith("regraft: warning: the neurons were found with another preprocessing: ")
     assert err.endswith("(forced)\n")
 
 
@@ -212,11 +235,8 @@ def test_a_file_that_is_no_neurons_file_is_refused(
     ("changes", "message"),
     [
         ({"detection_layer": 4}, "detection_layer is 4; expected a block of the model, 0 to 3"),
-        ({"detection_layer": "two"}, "detection_layer is 'two'; expected a block of the model"),
-        ({"detection_layer": -1}, "detection_layer is -1; expected a block of the model, 0 to 3"),
-        ({"threshold": "high"}, "threshold is 'high'; expected a number above 0"),
-        ({"threshold": 0}, "threshold is 0; expected a number above 0"),
-        ({"threshold": None}, "threshold is None; expected a number above 0"),
+        ({"detection_layer": "two"}, "detection_layer is 'two'; expected an integer from 0"),
+        ({"threshold": "high"}, "threshold is 'high'; expected a finite number above 0"),
     ],
 )
 def test_an_outlier_level_that_is_none_is_refused(
@@ -229,7 +249,7 @@ def test_an_outlier_level_that_is_none_is_refused(
     bundles.write_neurons(neurons, bundles.neurons(**{**bundles.found().about, **changes}))
     code, out, err = export()
     assert (code, out) == (1, "")
-    assert message in err
+    assert err.startswith(f"regraft: {neurons}: {message}")
     assert err.count("\n") == 1
     assert nothing_left(tmp_path)
 

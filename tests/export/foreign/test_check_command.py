@@ -144,7 +144,7 @@ def test_preprocessing_by_hand_and_from_the_neurons_file(
     broken["preprocessing"]["std"] = "none"
     words[3].write_text(json.dumps(broken))  # type: ignore[union-attr]  # the neurons file
     code, _, err = regraft(*words)
-    assert (code, err.count("its preprocessing is malformed")) == (1, 1)
+    assert (code, err.count("n.json: preprocessing is malformed: std is 'none'")) == (1, 1)
 
 
 def test_images_that_are_none(

@@ -98,22 +98,15 @@ def images(args: argparse.Namespace, neurons: Neurons, found: Survey) -> NDArray
 def _preprocessing(args: argparse.Namespace, neurons: Neurons, found: Survey) -> Preprocessing:
     from dataclasses import replace
 
-    from regraft.preprocessing import Preprocessing
+    from regraft.neurons_about import preprocessing_of
     from regraft_export.sources.data_config import from_data_config, override
 
     # Whatever the neurons were found at, a file for one size takes that.
     sized = replace(preprocessing_overrides(args), image_size=found.image.size)
-    recorded = neurons.about.get("preprocessing")
-    if recorded is None:
+    own = preprocessing_of(neurons.about, neurons.origin)
+    if own is None:
         cure = "take the file that `regraft find` wrote"
         return from_data_config(sized.over({}), str(args.neurons), cure)
-    try:
-        own = Preprocessing.from_json(recorded)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{args.neurons}: its preprocessing is malformed ({error}); expected what "
-            "`regraft find` wrote"
-        ) from None
     free = found.image.open_size and args.image_size is None
     return override(own, preprocessing_overrides(args) if free else sized, str(args.neurons))
 

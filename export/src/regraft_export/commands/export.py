@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.cli.options import add_force, at_least, integers
+from regraft.cli.options import at_least, integers
 from regraft.constants import VARIANTS
 from regraft.errors import InputError, UsageError
 from regraft_export.commands._model_arguments import add_model_arguments, load_model
@@ -81,7 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="write nothing if an image cannot be read"
     )
-    add_force(parser)
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace BUNDLE if it exists; export although the neurons were found in other weights, "
+        "at another image size or with another preprocessing",
+    )
     parser.add_argument("--json", action="store_true", help="print the findings for machines")
 
 
