@@ -325,6 +325,16 @@ def test_options_that_do_not_go_together(
     assert not (tmp_path / "n.json").exists()
 
 
+def test_what_is_no_model_is_told_all_forms(
+    regraft: Callable[..., tuple[int, str, str]], place: Path, tmp_path: Path
+) -> None:
+    words = ("--images", place / "images", "--out", tmp_path / "n.json")
+    code, out, err = regraft("find", "nonsense", *words)
+    assert (code, out) == (1, "")
+    assert err.startswith("regraft: 'nonsense' is not a model; expected one of timm:NAME, ")
+    assert err.endswith("python:FILE.py:FUNCTION, or a file IN.onnx\n")
+
+
 def test_preprocessing_by_hand(find: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     code, _, err = find(model="bare")
     assert code == 1

@@ -63,8 +63,12 @@ def add_preprocessing_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--crop-mode", choices=_CROP_MODES)
 
 
-def load_model(args: argparse.Namespace) -> LoadedModel:
+def load_model(args: argparse.Namespace, *, also: str = "") -> LoadedModel:
     """Loads what the arguments name; imports torch.
+
+    Args:
+        args: as :func:`add_model_arguments` declares them.
+        also: as of :func:`regraft_export.sources.load`.
 
     Raises:
         UsageError: ``--trust-repo`` for a model of another source.
@@ -77,7 +81,13 @@ def load_model(args: argparse.Namespace) -> LoadedModel:
             f"--trust-repo is for models of hub:REPO:ENTRY alone; MODEL is {args.model!r}"
         )
     overrides = preprocessing_overrides(args)
-    return load(args.model, weights=args.weights, overrides=overrides, trust_repo=args.trust_repo)
+    return load(
+        args.model,
+        weights=args.weights,
+        overrides=overrides,
+        trust_repo=args.trust_repo,
+        also=also,
+    )
 
 
 def preprocessing_overrides(args: argparse.Namespace) -> PreprocessingOverrides:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.cli.options import add_force, at_least, file_name, number, thread_count
 from regraft.errors import InputError, UsageError
+from regraft.wording import counted, some_unread
 from regraft_export.commands._model_arguments import (
     add_model_arguments,
     load_model,
@@ -151,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(_summary(args, found)))
     if failures and args.strict:
         raise InputError(
-            f"{len(failures)} of {len(paths)} images could not be read (named above); {args.out} "
+            f"{some_unread(len(failures), len(paths))}; {args.out} "
             "was found on the others; without --strict this is no error"
         )
     return 0
@@ -160,8 +161,8 @@ def run(args: argparse.Namespace) -> int:
 def _warn_of_few(images: int) -> None:
     if images < ENOUGH:
         print(
-            f"regraft: warning: found on {_count(images, 'image')}; expected {ENOUGH} or more like "
-            "those the model will see: with so few, units and figures may be chance",
+            f"regraft: warning: found on {counted(images, 'image')}; expected {ENOUGH} or more "
+            "like those the model will see: with so few, units and figures may be chance",
             file=sys.stderr,
         )
 
@@ -212,7 +213,7 @@ def _of_pytorch(args: argparse.Namespace) -> _Opened:
     from regraft_export.finding.pytorch import PyTorchSubject
     from regraft_export.vit.structure import from_module
 
-    loaded = load_model(args)
+    loaded = load_model(args, also=", or a file IN.onnx")
     module = loaded.module.to(_device(args.device))
     about = {
         "model": loaded.source,
@@ -261,7 +262,8 @@ def _device(name: str) -> Any:
     device, count = torch.device(name), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise InputError(
-            f"--device is {name!r}; torch sees {count} CUDA devices here: use --device cpu"
+            f"--device is {name!r}; torch sees {counted(count, 'CUDA device')} here: use "
+            "--device cpu"
         )
     return device
 
@@ -286,7 +288,7 @@ def _summary(args: argparse.Namespace, found: Found) -> Iterator[str]:
     images, report = about["images"], about["report"]
     before = report["before"]
     where = ", ".join(f"{len(neurons.of(layer))} in layer {layer}" for layer in neurons.layers)
-    yield f"{args.model}: {_count(len(neurons.neurons), 'register neuron')} ({where})"
+    yield f"{args.model}: {counted(len(neurons.neurons), 'register neuron')} ({where})"
     yield (
         f"outlier tokens: patch norm above {about['threshold']:.4g} at layer "
         f"{about['detection_layer']} (median {before['median_norm']:.4g}), "
@@ -304,8 +306,8 @@ def _summary(args: argparse.Namespace, found: Found) -> Iterator[str]:
     seconds = found.seconds
     yield (
         f"{sum(seconds.values()):.1f} s: detection {seconds['detection']:.1f}, scoring "
-        f"{seconds['scoring']:.1f}, selection {seconds['selection']:.1f} ({found.runs} images "
-        f"run), report {seconds['report']:.1f}"
+        f"{seconds['scoring']:.1f}, selection {seconds['selection']:.1f} "
+        f"({counted(found.runs, 'image')} run), report {seconds['report']:.1f}"
     )
     yield f"written: {args.out}"
 
@@ -325,7 +327,3 @@ def _table(report: dict[str, Any]) -> Iterator[str]:
             f"{name:<30}{figures['outlier_tokens']:>10}{figures['largest_over_median']:>16.2f}"
             f"{cosine:>22.4f}"
         )
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"

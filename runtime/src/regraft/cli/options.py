@@ -17,7 +17,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=NAMES,
         default=AUTO,
-        help="what executes the graph; auto takes the fastest that can run here (default: auto)",
+        help="what executes the graph; auto (the default) takes the first that can run here of "
+        "tensorrt (if built), ort-cuda and ort-cpu, never openvino",
     )
     add_precision(parser)
     parser.add_argument(
