@@ -25,7 +25,7 @@ from regraft.bundle import Bundle
 from regraft.cli.options import add_engine, add_force, at_least, duration, file_name, integers
 from regraft.engines import Engine, EngineOptions
 from regraft.engines.cores import processor
-from regraft.errors import GateError
+from regraft.errors import GateError, ImageError
 from regraft.extractor import Extractor
 from regraft.features import Features
 from regraft.files import check_output, whole_file
@@ -33,6 +33,7 @@ from regraft.images import decode, list_images
 from regraft.preprocessing import Preprocessing
 from regraft.timing import Ratio, race
 from regraft.verification import Engines
+from regraft.wording import unread
 
 _TOLERANCE = 1e-5  # relative to the largest value; the same graph on the same pixels
 _SMOOTH = 12  # cells per side of the random pictures' colour fields
@@ -211,8 +212,20 @@ def _pictures(
         ]
     else:
         files: list[Path] = list_images(paths)
-        images = [decode(file) for file in files[:count]]
+        images = _decoded(files[:count])
     return np.stack([preprocessing(images[i % len(images)]) for i in range(count)])
+
+
+def _decoded(files: Sequence[Path]) -> list[Any]:
+    images, failed = [], []
+    for file in files:
+        try:
+            images.append(decode(file))
+        except ImageError as error:
+            failed.append(str(error))
+    if failed:
+        raise ImageError(unread(failed, len(files)))
+    return images
 
 
 def _random_picture(size: tuple[int, int], seed: int) -> Image.Image:
