@@ -62,6 +62,11 @@ def test_the_whole_path(regraft: Regraft, photos: Path, tmp_path: Path) -> None:
     code, out, _ = regraft("verify", kv, "--images", photos, "--against", token)
     assert code == 0
     assert "side by side                          baseline          kv       token" in out
+    headings = [line for line in out.splitlines() if "parity of ort-cpu (fp32) with " in line]
+    assert [line.partition(": parity")[0] for line in headings] == [
+        f"{kv}, variant kv",
+        f"{token}, variant token",
+    ]
     assert "agreement of the two, cosine of cls: median " in out
     code, out, _ = regraft("verify", kv, "--images", photos, "--against", token, "--json")
     said = json.loads(out)

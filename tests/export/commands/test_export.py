@@ -363,7 +363,7 @@ def test_nothing_but_unreadable_pictures_is_an_error(export: Regraft, tmp_path: 
     (folder / "a.png").write_text("no picture")
     code, out, err = export(images=folder)
     assert (code, out) == (1, "")
-    assert err.splitlines()[-1] == ("regraft: none of the 1 images could be read (named above)")
+    assert err.splitlines()[-1] == "regraft: the only image could not be read (named above)"
     assert nothing_left(tmp_path)
 
 

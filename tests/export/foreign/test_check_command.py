@@ -147,6 +147,23 @@ def test_preprocessing_by_hand_and_from_the_neurons_file(
     assert (code, err.count("n.json: preprocessing is malformed: std is 'none'")) == (1, 1)
 
 
+def test_without_threads_there_is_one_message(
+    path: Path,
+    listed: Callable[..., Path],
+    images: Path,
+    regraft: Regraft,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(thread: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", refuse)
+    words = ("patch", path, "--neurons", listed((48, 32)), "--dry-run", "--check", images)
+    code, out, err = regraft(*words)
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith("regraft: no thread can be started to decode images ")
+
+
 def test_images_that_are_none(
     path: Path, listed: Callable[..., Path], images: Path, tmp_path: Path, regraft: Regraft
 ) -> None:
@@ -160,13 +177,13 @@ def test_images_that_are_none(
         picture.write_bytes(b"no picture")
     code, out, err = regraft(*words, images, "--check-images", 2)
     assert (code, out) == (1, "")
-    assert f"none of the 2 images of {images} could be read (named above)" in err
+    assert f"{images}: none of the 2 images could be read (named above), so nothing can" in err
     assert err.count("is not an image file") == 2
     assert not (tmp_path / "o.onnx").exists()
     # One that can be read is enough, and the other is named.
     pictures.draw(1).save(images / "picture-000.png")
     code, out, err = regraft(*words, images, "--check-images", 2)
-    assert (code, "1 images of 48 x 32, batches of 1" in out) == (0, True)
+    assert (code, ", 1 image of 48 x 32, batches of 1" in out) == (0, True)
     assert "whether images of a batch are kept apart was not checked" in out
     assert "picture-001.png" in err
 

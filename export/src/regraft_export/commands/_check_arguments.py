@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from regraft.cli.options import at_least
 from regraft.errors import EngineError, InputError, ModelError, RewriteError, UsageError
+from regraft.wording import counted, none_read
 from regraft_export.commands._model_arguments import (
     add_preprocessing_arguments,
     preprocessing_overrides,
@@ -88,10 +89,7 @@ def images(args: argparse.Namespace, neurons: Neurons, found: Survey) -> NDArray
 
         read = [batch.pixels for batch in batches(paths, steps, len(paths), on_error=skip)]
     if not read:
-        raise InputError(
-            f"none of the {len(paths)} images of {args.check} could be read (named above), so "
-            "nothing can be checked"
-        )
+        raise InputError(f"{args.check}: {none_read(len(paths))}, so nothing can be checked")
     return np.concatenate(read)
 
 
@@ -149,9 +147,10 @@ def lines(checked: Checked) -> Iterator[str]:
     """What was found in words and a table."""
     height, width = checked.image_size
     verdict = "passed" if checked.passed else "FAILED"
+    images = counted(checked.images, "image")
     yield (
-        f"check with the method in numpy, {checked.images} images of {height} x {width}, batches "
-        f"of {checked.batch}: {verdict}"
+        f"check with the method in numpy, {images} of {height} x {width}, "
+        f"batches of {checked.batch}: {verdict}"
     )
     yield (
         f"  {'graph':<20}{'output':<22}{'relative error':>15}{'token cosine':>14}{'image':>10}"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.cli.options import at_least, integers
 from regraft.constants import VARIANTS
 from regraft.errors import InputError, UsageError
+from regraft.wording import counted, none_read, some_unread
 from regraft_export.commands._model_arguments import add_model_arguments, load_model
 from regraft_export.commands._redirect_arguments import add_redirect_arguments, redirect_options
 
@@ -84,8 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="replace BUNDLE if it exists; export although the neurons were found in other weights, "
-        "at another image size or with another preprocessing",
+        help="replace BUNDLE if it exists; export although the neurons were found in other "
+        "weights, at another image size or with another preprocessing",
     )
     parser.add_argument("--json", action="store_true", help="print the findings for machines")
 
@@ -167,7 +168,7 @@ class ImageBatches:
             seen += len(batch.pixels)
             yield batch.pixels
         if not seen:
-            raise InputError(f"none of the {len(self.paths)} images could be read (named above)")
+            raise InputError(none_read(len(self.paths)))
 
     def check_all(self) -> None:
         """Reads every file once.
@@ -179,7 +180,7 @@ class ImageBatches:
             pass
         if self.named:
             raise InputError(
-                f"{len(self.named)} of {len(self.paths)} images could not be read (named above); "
+                f"{some_unread(len(self.named), len(self.paths))}; "
                 "nothing was written; without --strict they are left out"
             )
 
@@ -243,9 +244,9 @@ def _summary(out: str, manifest: Manifest, verification: Verification) -> Iterat
     if made is not None:
         none = max(made.errors)
         yield (
-            f"constants: from layer {made.first_layer} on, mean of {made.images} images; error to "
-            f"the variant token {made.errors[made.first_layer]:.2g}, without constants "
-            f"{made.errors[none]:.2g} (on {made.measured_images} images)"
+            f"constants: from layer {made.first_layer} on, mean of "
+            f"{counted(made.images, 'image')}; error to the variant token {made.errors[made.first_layer]:.2g}, without constants "
+            f"{made.errors[none]:.2g} (on {counted(made.measured_images, 'image')})"
         )
     yield from lines(verification)
     if manifest.cuda_missing:

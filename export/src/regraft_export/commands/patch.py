@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.cli.options import file_name
 from regraft.errors import InputError, UsageError
+from regraft.wording import counted
 from regraft_export.commands import _check_arguments
 from regraft_export.commands._model_arguments import image_size
 from regraft_export.commands._redirect_arguments import add_redirect_arguments, redirect_options
@@ -172,7 +173,8 @@ def _lines(
     )
     yield f"token site: {facts['token']}"
     for layer, name in facts["redirects"].items():
-        yield f"redirect site: layer {layer}, {name} ({facts['nodes_added'][layer]} nodes)"
+        nodes = counted(facts["nodes_added"][layer], "node")
+        yield f"redirect site: layer {layer}, {name} ({nodes})"
     for name in facts["outputs"]:
         yield f"output site: {name}"
     for line in facts["mended"] if every else _by_kind(facts["mended"]):
@@ -185,7 +187,4 @@ def _lines(
 def _by_kind(mended: list[str]) -> list[str]:
     """How many token counts changed in the same way, in place of every node's name."""
     kinds = Counter(line.rpartition(": ")[2] for line in mended)
-    return [
-        f"{kind}, in {n} {'place' if n == 1 else 'places'} (--verbose lists them)"
-        for kind, n in kinds.items()
-    ]
+    return [f"{kind}, in {counted(n, 'place')} (--verbose lists them)" for kind, n in kinds.items()]

@@ -38,6 +38,7 @@ from regraft.parquet_files import require_pyarrow
 from regraft.pipeline import default_workers
 from regraft.progress import Progress
 from regraft.rows import rows_of, shapes_of
+from regraft.wording import counted, some_unread
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,9 +140,10 @@ class Summary:
         """The summary in words."""
         shapes = ", ".join(f"{n} {tuple(shape)}" for n, shape in self.arrays.items())
         others = f" ({len(self.failed)} could not be read)" if self.failed else ""
-        yield f"{self.out}: {self.images} images{others}, {self.dtype}: {shapes}"
+        yield f"{self.out}: {counted(self.images, 'image')}{others}, {self.dtype}: {shapes}"
         if self.shards is not None:
-            yield f"{self.shards['all']} shards, {self.shards['resumed']} of them there before"
+            shards = counted(self.shards["all"], "shard")
+            yield f"{shards}, {self.shards['resumed']} of them there before"
         if self.computed:
             yield f"{self.engine}: {self.seconds:.1f} s, {self._rate():.1f} images per second"
 
@@ -167,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
     if summary.failed and args.strict:
         others = "the others" if args.out.endswith(".npz") else "their errors"
         raise InputError(
-            f"{len(summary.failed)} of {len(paths)} images could not be read (named above); "
+            f"{some_unread(len(summary.failed), len(paths))}; "
             f"{args.out} holds {others}; without --strict this is no error"
         )
     return 0

@@ -20,6 +20,7 @@ from regraft.errors import ImageError, InputError
 from regraft.files import check_output, whole_file
 from regraft.images import list_images
 from regraft.progress import Progress
+from regraft.wording import some_unread
 
 if TYPE_CHECKING:
     from regraft.report.measure import Measurement, Source
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"written: {args.out}, {Path(args.out).stat().st_size / 1e6:.1f} MB")
     if failed and args.strict:
         raise InputError(
-            f"{len(failed)} of {len(chosen)} images could not be read (named above); {args.out} "
+            f"{some_unread(len(failed), len(chosen))}; {args.out} "
             "shows the others; without --strict this is no error"
         )
     return 0
