@@ -136,7 +136,7 @@ def _run(
         except RuntimeError as error:  # the executor starts its threads one by one, here
             raise RegraftError(
                 f"no thread can be started to decode images ({error}); expected up to {workers}: "
-                "end other programs, or raise the limit of processes (ulimit -u, or the container's)"
+                "end other programs, or raise the limit of processes (ulimit -u, or a container's)"
             ) from error
 
     def refill(room: int) -> None:
