@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from tests.support import bundles
 
@@ -9,6 +12,7 @@ from regraft_export.finding.fingerprint import fingerprint
 from regraft_export.identity import check_identity
 
 SHA = bundles.loaded().weights_sha256
+CURE = "run `regraft find` for this model, size and preprocessing, or give --force"
 
 
 def check(neurons: Neurons, force: bool = False) -> list[str]:
@@ -36,9 +40,7 @@ def test_neurons_of_another_model_are_refused_or_forced() -> None:
     )
     with pytest.raises(NeuronsError) as caught:
         check(other)
-    assert str(caught.value) == (
-        f"{objection}; run `regraft find` for this model and size, or give --force"
-    )
+    assert str(caught.value) == (f"{objection}; {CURE}")
     assert check(other, force=True) == [f"{objection} (forced)"]
 
 
@@ -50,9 +52,7 @@ def test_neurons_of_another_size_are_refused_or_forced() -> None:
     )
     with pytest.raises(NeuronsError) as caught:
         check(other)
-    assert str(caught.value) == (
-        f"{objection}; run `regraft find` for this model and size, or give --force"
-    )
+    assert str(caught.value) == (f"{objection}; {CURE}")
     assert check(other, force=True) == [f"{objection} (forced)"]
 
 
@@ -83,14 +83,62 @@ def test_without_a_hash_the_fingerprints_decide() -> None:
         other = bundles.neurons(model="timm:other", fingerprints=prints)
         with pytest.raises(NeuronsError) as caught:
             check(other)
-        assert str(caught.value) == (
-            f"{objection}; run `regraft find` for this model and size, or give --force"
-        )
+        assert str(caught.value) == (f"{objection}; {CURE}")
         assert check(other, force=True) == [f"{objection} (forced)"]
 
 
 def test_without_a_hash_another_size_is_refused_all_the_same() -> None:
     other = bundles.neurons(fingerprints=prints_of(1, 2), image_size=[64, 64])
+    (line,) = check(other, force=True)
+    assert line.startswith("the neurons were found at image size [64, 64]")
+
+
+def found_with(**changes: object) -> Neurons:
+    steps = replace(bundles.loaded().preprocessing, **changes)
+    return bundles.neurons(weights_sha256=SHA, preprocessing=steps.to_json())
+
+
+def test_the_same_preprocessing_passes_without_a_word() -> None:
+    assert check(found_with()) == []
+    steps = bundles.loaded().preprocessing
+    # Libraries round edges and margins, and hold numbers, in ways of their own.
+    single = tuple(float(np.float32(value)) for value in steps.mean)
+    for changes in ({"crop_offset": "floor"}, {"resize": "cover"}, {"mean": single}):
+        assert check(found_with(**changes)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mean": (0.25, 0.5, 0.5)}, "mean 0.25 0.5 0.5, here 0.485 0.456 0.406"),
+        ({"std": (0.25, 0.5, 0.5)}, "std 0.25 0.5 0.5, here 0.229 0.224 0.225"),
+        ({"interpolation": "nearest"}, "interpolation nearest, here bicubic"),
+        ({"resize": "exact"}, "resize exact, here cover"),
+        ({"resize_size": (40, 40)}, "size before the crop 40 x 40, here 32 x 32"),
+        ({"fill": (9, 9, 9)}, "fill 9 9 9, here 0 0 0"),
+        ({"rescale": 1.0}, "rescale 1, here 0.00392157"),
+        (
+            {"std": (1.0, 1.0, 1.0), "interpolation": "box"},
+            "interpolation box, here bicubic, std 1.0 1.0 1.0, here 0.229 0.224 0.225",
+        ),
+    ],
+)
+def test_neurons_of_another_preprocessing_are_refused_or_forced(
+    changes: dict[str, object], said: str
+) -> None:
+    objection = (
+        f"the neurons were found with another preprocessing: {said}; which units write outlier "
+        "tokens depends on what the model sees"
+    )
+    with pytest.raises(NeuronsError) as caught:
+        check(found_with(**changes))
+    assert str(caught.value) == (f"{objection}; {CURE}")
+    assert check(found_with(**changes), force=True) == [f"{objection} (forced)"]
+
+
+def test_at_another_size_the_size_before_the_crop_is_no_second_objection() -> None:
+    other = found_with(image_size=(64, 64), resize_size=(72, 72))
+    other = bundles.neurons(**{**other.about, "image_size": [64, 64]})
     (line,) = check(other, force=True)
     assert line.startswith("the neurons were found at image size [64, 64]")
 

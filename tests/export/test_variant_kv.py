@@ -62,6 +62,11 @@ def test_the_whole_path(regraft: Regraft, photos: Path, tmp_path: Path) -> None:
     code, out, _ = regraft("verify", kv, "--images", photos, "--against", token)
     assert code == 0
     assert "side by side                          baseline          kv       token" in out
+    headings = [line for line in out.splitlines() if "parity of ort-cpu (fp32) with " in line]
+    assert [line.partition(": parity")[0] for line in headings] == [
+        f"{kv}, variant kv",
+        f"{token}, variant token",
+    ]
     assert "agreement of the two, cosine of cls: median " in out
     code, out, _ = regraft("verify", kv, "--images", photos, "--against", token, "--json")
     said = json.loads(out)
@@ -101,7 +106,7 @@ def test_options_that_need_a_token_are_refused(
         *("export", bundles.PLANTED, "--neurons", neurons, "--images", photos, "--variant", "kv"),
         *("--out", tmp_path / "bundle", *words),
     )
-    assert code == 1
+    assert code == 2
     assert message in err
     assert not (tmp_path / "bundle").exists()
 

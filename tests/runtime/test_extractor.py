@@ -133,6 +133,28 @@ def test_a_stream_leaves_out_what_cannot_be_read(
         list(extractor.stream(paths))
 
 
+def test_all_images_that_cannot_be_read_are_counted_and_the_first_ones_named(
+    extractor: Extractor, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = [tmp_path / f"bad-{i}.jpg" for i in range(5)]
+    for path in bad:
+        path.write_bytes(b"")
+    ran: list[int] = []
+    monkeypatch.setattr(extractor, "_start", lambda pixels, *rest: ran.append(len(pixels)))
+    with pytest.raises(ImageError) as caught:
+        extractor.extract([*bad[:2], *photos[:9]])
+    named = [f"{path}: is empty (0 bytes)" for path in bad]
+    assert str(caught.value) == f"2 of 11 images could not be read: {named[0]}; {named[1]}"
+    assert ran == []  # what cannot be answered is not computed
+    with pytest.raises(ImageError) as caught:
+        extractor.extract(bad)
+    first = "; ".join(named[:3])
+    assert str(caught.value) == f"5 of 5 images could not be read: {first}; and 2 more"
+    with pytest.raises(ImageError) as caught:
+        extractor.extract(bad[:1])
+    assert str(caught.value) == named[0]
+
+
 def test_a_stream_reads_ahead_two_batches_at_most(extractor: Extractor, photos: list[Path]) -> None:
     taken = 0
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from regraft.errors import NeuronsError
 from regraft.neurons import Neurons, RegisterNeuron
+from regraft.preprocessing import Preprocessing
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 rows = st.builds(
@@ -65,6 +66,81 @@ def test_what_is_refused(tmp_path: Path, text: str, message: str) -> None:
         Neurons.load(file)
     assert str(caught.value).startswith(f"{file}: ")
     assert message in str(caught.value)
+
+
+PRINT = {
+    "shape": [8, 4],
+    "norm": 2.5,
+    "projections": [0.5] * 16,
+    "bias": {"norm": 0.0, "projections": [0.0] * 8},
+}
+STEPS = Preprocessing((8, 8), (0.5,) * 3, (0.5,) * 3, "exact", (8, 8)).to_json()
+ABOUT = {
+    "model": "timm:vit",
+    "weights_sha256": "0" * 64,
+    "image_size": [8, 8],
+    "preprocessing": STEPS,
+    "detection_layer": 3,
+    "threshold": 40.0,
+    "fingerprints": {"1": PRINT, "2": {**PRINT, "bias": None}},
+    "of later versions": {},
+}
+
+
+def written(file: Path, **changes: object) -> Path:
+    about = {k: v for k, v in {**ABOUT, **changes}.items() if v != "left out"}
+    row = {"layer": 1, "index": 2}
+    file.write_text(json.dumps({"schema": 1, "neurons": [row], **about}))
+    return file
+
+
+def test_what_is_said_beside_the_neurons_is_kept(tmp_path: Path) -> None:
+    assert Neurons.load(written(tmp_path / "n.json")).about == ABOUT
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"threshold": "high"}, "threshold is 'high'; expected a finite number above 0, as"),
+        ({"threshold": 0}, "threshold is 0; expected a finite number above 0"),
+        ({"threshold": None}, "threshold is None; expected a finite number above 0"),
+        ({"threshold": float("inf")}, "threshold is inf; expected a finite number above 0"),
+        ({"threshold": "left out"}, "has detection_layer alone; expected detection_layer and"),
+        ({"detection_layer": -1}, "detection_layer is -1; expected an integer from 0"),
+        ({"detection_layer": True}, "detection_layer is True; expected an integer from 0"),
+        ({"image_size": [8]}, "image_size is [8]; expected [height, width]"),
+        ({"image_size": 8}, "image_size is 8; expected [height, width]"),
+        ({"weights_sha256": 5}, "weights_sha256 is 5; expected a text"),
+        ({"fingerprints": "none"}, "fingerprints is 'none'; expected an object with one entry"),
+        ({"fingerprints": {"1": 5}}, "fingerprints['1'] is 5; expected an object"),
+        (
+            {"fingerprints": {"1": {**PRINT, "shape": [8, 0]}}},
+            "fingerprints['1'].shape is [8, 0]; expected two integers from 1",
+        ),
+        (
+            {"fingerprints": {"1": {**PRINT, "norm": "x" * 99}}},
+            f"fingerprints['1'].norm is '{'x' * 56}...; expected a finite number from 0",
+        ),
+        (
+            {"fingerprints": {"1": {**PRINT, "projections": [1]}}},
+            "fingerprints['1'].projections is [1]; expected 16 finite numbers",
+        ),
+        (
+            {"fingerprints": {"1": {**PRINT, "bias": {"norm": 1.0}}}},
+            "fingerprints['1'].bias.projections is None; expected 8 finite numbers",
+        ),
+        ({"preprocessing": 3}, "preprocessing is malformed: preprocessing is 3; expected an ob"),
+        ({"preprocessing": {}}, "preprocessing lacks 'resize'; expected what `regraft find` wro"),
+        ({"preprocessing": {**STEPS, "std": [0, 0, 0]}}, "preprocessing is malformed: std is (0"),
+    ],
+)
+def test_what_is_malformed_beside_the_neurons_is_named(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    file = written(tmp_path / "n.json", **changes)
+    with pytest.raises(NeuronsError) as caught:
+        Neurons.load(file)
+    assert str(caught.value).startswith(f"{file}: {message}")
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

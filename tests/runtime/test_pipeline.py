@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageSequence
 
 import regraft.pipeline
-from regraft.errors import ImageError, InputError
+from regraft.errors import ImageError, InputError, RegraftError
 from regraft.images import decode
 from regraft.pipeline import Failure, batches, default_workers
 from regraft.preprocessing import Preprocessing
@@ -208,6 +208,26 @@ def test_workers_go_on_while_a_batch_is_consumed(monkeypatch: pytest.MonkeyPatch
     for _ in range(9):
         assert done.acquire(timeout=5)
     stream.close()
+
+
+@pytest.mark.parametrize("started", [0, 1])
+def test_a_thread_that_cannot_be_started_is_one_error(
+    monkeypatch: pytest.MonkeyPatch, started: int
+) -> None:
+    start, left = threading.Thread.start, itertools.count(started, -1)
+
+    def limited(self: threading.Thread) -> None:
+        if next(left) <= 0:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(RegraftError) as caught:
+        list(batches([flat(i) for i in range(9)], PREPROCESSING, 3, 4))
+    assert str(caught.value).startswith(
+        "no thread can be started to decode images (can't start new thread); expected up to 4: end "
+    )
+    assert decoding_threads() == 0
 
 
 def test_closing_early_stops_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from regraft.bundle import NEURONS, VERIFY, Bundle, record
 from regraft.constants import FILE as CONSTANTS
 from regraft.constants import VARIANTS
 from regraft.engines.ort_cuda.operators import SUFFIX
-from regraft.errors import InputError
+from regraft.errors import InputError, UsageError
 from regraft.files import scratch_folder, whole_folder
 from regraft.manifest import CUDA_GRAPHS, NAME, FileRecord, Manifest
 from regraft.neurons import Neurons
@@ -76,7 +76,7 @@ class ExportOptions:
             f"--{n} {v}" for n in ("cls", "patches") if (v := getattr(self.redirect, n)) != "zero"
         ]
         if self.variant == "kv" and kept:
-            raise InputError(
+            raise UsageError(
                 f"--variant kv silences the neurons in the weights, on every token; {kept[0]} "
                 "needs --variant token"
             )

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 
 from regraft.errors import NeuronsError
 from regraft.neurons import Neurons
+from regraft.neurons_about import preprocessing_of
+from regraft.preprocessing import Preprocessing
 from regraft_export.finding.fingerprint import matches
 from regraft_export.sources import LoadedModel
 from regraft_export.vit.structure import VisionTransformer
+
+_RULES = {"shortest-edge": "cover"}  # the same but for rounding
 
 
 def check_identity(
     neurons: Neurons, loaded: LoadedModel, vit: VisionTransformer, force: bool
 ) -> list[str]:
-    """Refuses neurons of another model or image size.
+    """Refuses neurons of another model, image size or preprocessing.
 
     The model is known by the hash of its weights. Where the file has none, or the image size
     differs, the fingerprints of the down-projections that hold the neurons decide.
@@ -55,6 +60,12 @@ def check_identity(
             "neuron sets depend on the resolution"
         )
         same = same or _fingerprints_match(neurons, vit)
+    found_with = preprocessing_of(about, neurons.origin)
+    if found_with and (apart := list(_differences(found_with, loaded.preprocessing))):
+        objections.append(
+            f"the neurons were found with another preprocessing: {', '.join(apart)}; which units "
+            "write outlier tokens depends on what the model sees"
+        )
     found_in = f"the neurons were found in {about.get('model', 'another model')}"
     if not same and hashed:
         objections.append(
@@ -68,9 +79,35 @@ def check_identity(
         )
     if objections and not force:
         raise NeuronsError(
-            "; ".join(objections) + "; run `regraft find` for this model and size, or give --force"
+            "; ".join(objections)
+            + "; run `regraft find` for this model, size and preprocessing, or give --force"
         )
     return [f"{line} (forced)" for line in objections]
+
+
+def _differences(found: Preprocessing, here: Preprocessing) -> Iterator[str]:
+    """In what two ways to preprocess differ, but for the image size; one phrase each.
+
+    The rounding of edges and margins, by which timm, torchvision and transformers differ by a pixel
+    at most, is no difference: an ONNX file's preprocessing is given in timm's words, whoever made
+    it.
+    """
+    rules = [_RULES.get(steps.resize, steps.resize) for steps in (found, here)]
+    if rules[0] != rules[1]:
+        yield f"resize {rules[0]}, here {rules[1]}"
+    # At another image size the size before the crop is another one, too.
+    elif found.image_size == here.image_size and found.resize_size != here.resize_size:
+        sizes = [" x ".join(map(str, steps.resize_size)) for steps in (found, here)]
+        yield f"size before the crop {sizes[0]}, here {sizes[1]}"
+    if found.interpolation != here.interpolation:
+        yield f"interpolation {found.interpolation}, here {here.interpolation}"
+    for name in ("mean", "std", "fill"):
+        a, b = getattr(found, name), getattr(here, name)
+        # Libraries hold the same numbers in single and in double precision.
+        if not all(math.isclose(x, y, rel_tol=1e-6) for x, y in zip(a, b, strict=True)):
+            yield f"{name} {' '.join(map(str, a))}, here {' '.join(map(str, b))}"
+    if not math.isclose(found.rescale, here.rescale, rel_tol=1e-6):
+        yield f"rescale {found.rescale:g}, here {here.rescale:g}"
 
 
 def _fingerprints_match(neurons: Neurons, vit: VisionTransformer) -> bool:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -37,20 +36,18 @@ def recorded_level(neurons: Neurons, depth: int) -> OutlierLevel | None:
         depth: the model's number of blocks.
 
     Raises:
-        NeuronsError: it says something that cannot be.
+        NeuronsError: the detection layer is outside the model.
     """
     about = neurons.about
     if "threshold" not in about or "detection_layer" not in about:
         return None
-    layer, threshold = about["detection_layer"], about["threshold"]
-    if type(layer) is not int or not 0 <= layer < depth:
+    layer = about["detection_layer"]
+    if layer >= depth:
         raise NeuronsError(
-            f"neurons file: detection_layer is {layer!r}; expected a block of the model, "
+            f"{neurons.origin}: detection_layer is {layer}; expected a block of the model, "
             f"0 to {depth - 1}"
         )
-    if type(threshold) not in (int, float) or not 0 < threshold < math.inf:
-        raise NeuronsError(f"neurons file: threshold is {threshold!r}; expected a number above 0")
-    return OutlierLevel(layer, float(threshold))
+    return OutlierLevel(layer, float(about["threshold"]))
 
 
 def measured_level(

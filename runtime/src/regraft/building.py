@@ -26,7 +26,7 @@ from regraft.engines import (
     cache_key,
     engine_class,
 )
-from regraft.errors import EngineError, InputError
+from regraft.errors import EngineError, InputError, UsageError
 from regraft.verification import Reference, Verification, verify
 
 # What an engine runs; the probes always run on ort-cpu.
@@ -64,7 +64,7 @@ def plan(
         precision: of the arithmetic; None for the bundle's.
 
     Raises:
-        InputError: there is no such engine or option, or a value is wrong.
+        UsageError: there is no such build option, or a value is wrong.
         EngineError: the engine cannot run here, or not in this precision.
     """
     kind = engine_class(engine)
@@ -158,13 +158,13 @@ def resolve_options(
     """Build options as typed, checked and completed with defaults.
 
     Raises:
-        InputError: an option does not exist or its value is wrong.
+        UsageError: an option does not exist or its value is wrong.
     """
     by_name = {option.name: option for option in known}
     for name in given:
         if name not in by_name:
             names = ", ".join(by_name) or "none"
-            raise InputError(f"{engine}: there is no build option {name!r}; it has {names}")
+            raise UsageError(f"{engine}: there is no build option {name!r}; it has {names}")
     return {
         name: option.default if name not in given else _value(engine, option, given[name])
         for name, option in by_name.items()
@@ -174,7 +174,7 @@ def resolve_options(
 def _value(engine: str, option: BuildOption, text: str) -> int | str:
     if isinstance(option.default, str):
         if option.choices and text not in option.choices:
-            raise InputError(
+            raise UsageError(
                 f"{engine}: build option {option.name} is {text!r}; expected one of "
                 f"{', '.join(option.choices)}"
             )
@@ -184,7 +184,7 @@ def _value(engine: str, option: BuildOption, text: str) -> int | str:
     except ValueError:
         number = option.least - 1
     if number < option.least:
-        raise InputError(
+        raise UsageError(
             f"{engine}: build option {option.name} is {text!r}; expected an integer from "
             f"{option.least}"
         )

@@ -4,6 +4,7 @@
 
     RegraftError                  one line for the user; the command line prints it and exits 1
     +-- InputError                something handed in is wrong: a path, an option, an image folder
+    |   +-- UsageError            options that do not go together; the command line exits 2
     |   +-- ImageError            one image cannot be decoded
     |   +-- ModelError            MODEL or its weights cannot be loaded, or do not fit the method
     |   +-- NeuronsError          neurons.json is malformed or belongs to another model
@@ -26,6 +27,10 @@ class RegraftError(Exception):
 
 class InputError(RegraftError):
     """Something the user handed in is wrong."""
+
+
+class UsageError(InputError):
+    """Options do not go together, or one is wrong whatever the files hold."""
 
 
 class ImageError(InputError):

@@ -13,6 +13,7 @@ from collections.abc import (
     MutableMapping,
     Sequence,
 )
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,10 +25,11 @@ from PIL import Image
 from regraft import pipeline
 from regraft.bundle import Bundle
 from regraft.engines import AUTO, Engine, EngineOptions, open_graph
-from regraft.errors import BundleError, EngineError, InputError
+from regraft.errors import BundleError, EngineError, ImageError, InputError
 from regraft.features import Features, Floats, available_fields, choose_outputs
 from regraft.images import ImageSource, name_of
 from regraft.pipeline import Batch, Failure
+from regraft.wording import unread
 
 BATCH_SIZE = 8
 
@@ -141,7 +143,7 @@ class Extractor:
             Features of B rows, in the order of ``images``.
 
         Raises:
-            ImageError: an image cannot be read; the message names it.
+            ImageError: images cannot be read; the message says how many, and names the first ones.
             InputError: there are no images, or an array has another dtype or shape, or
                 preprocessed images hold NaN or Inf.
             EngineError: the engine failed, or the features hold NaN or Inf.
@@ -149,7 +151,7 @@ class Extractor:
         if isinstance(images, np.ndarray) and images.dtype != np.uint8:
             parts = list(self._stream_pixels(images))
         else:
-            parts = list(self.stream(images))
+            parts = self._all_of(images)
         if not parts:
             raise InputError("there are no images; expected at least one")
         return Features.concatenate(parts)
@@ -181,14 +183,7 @@ class Extractor:
             EngineError: the engine failed, or the features hold NaN or Inf.
         """
         names: dict[int, str] = {}
-        batches = pipeline.batches(
-            _remember_names(_as_items(images), names),
-            self.bundle.manifest.preprocessing,
-            self.batch_size,
-            self._workers,
-            on_error=on_error,
-            draft=self._draft,
-        )
+        batches = self._prepared(_as_items(images), names, on_error)
         return self.stream_batches(batches, names, ahead=ahead)
 
     def stream_batches(
@@ -266,6 +261,41 @@ class Extractor:
     ) -> None:
         self.close()
 
+    def _all_of(self, images: Any) -> list[Features]:
+        """The features of every image, or an error that names those that cannot be read."""
+        failed: list[str] = []
+        names: dict[int, str] = {}
+        seen = 0
+
+        def count(items: Iterable[ImageSource]) -> Iterator[ImageSource]:
+            nonlocal seen
+            for item in items:
+                seen += 1
+                yield item
+
+        prepared = self._prepared(
+            count(_as_items(images)), names, lambda failure: failed.append(failure.message)
+        )
+        parts = list(self.stream_batches(_until(failed, prepared), names))
+        if failed:
+            raise ImageError(unread(failed, seen))
+        return parts
+
+    def _prepared(
+        self,
+        items: Iterable[ImageSource],
+        names: dict[int, str],
+        on_error: Callable[[Failure], None] | None,
+    ) -> Generator[Batch, None, None]:
+        return pipeline.batches(
+            _remember_names(items, names),
+            self.bundle.manifest.preprocessing,
+            self.batch_size,
+            self._workers,
+            on_error=on_error,
+            draft=self._draft,
+        )
+
     def _stream_pixels(self, pixels: NDArray[np.float32]) -> Iterator[Features]:
         for start in range(0, _count(pixels), self.batch_size):
             part = pixels[start : start + self.batch_size]
@@ -313,6 +343,16 @@ def _as_items(images: Any) -> Iterable[ImageSource]:
             "(H, W, 3), or one float32 array (B, 3, H, W)"
         )
     return images
+
+
+def _until(
+    failed: Sequence[str], batches: Generator[Batch, None, None]
+) -> Generator[Batch, None, None]:
+    """The batches before the first failure; later ones are decoded, to know all that fail."""
+    with closing(batches):
+        for batch in batches:
+            if not failed:
+                yield batch
 
 
 def _remember_names(images: Iterable[ImageSource], names: dict[int, str]) -> Iterator[ImageSource]:

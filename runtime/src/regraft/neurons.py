@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.errors import NeuronsError
+from regraft.neurons_about import check_about
 
 SCHEMA = 1
 
@@ -48,10 +49,12 @@ class Neurons:
             ``fingerprints`` ({layer: numbers of its down-projection}), ``image_size`` [H, W],
             ``preprocessing``, ``threshold``, ``detection_layer``, ``report``, ``images``, ``seed``,
             ``versions``.
+        origin: the file they were read from, for messages.
     """
 
     neurons: tuple[RegisterNeuron, ...]
     about: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = field(default="the neurons file", compare=False)
 
     def __post_init__(self) -> None:
         if not self.neurons:
@@ -109,7 +112,7 @@ class Neurons:
             origin: the file's name, for messages.
 
         Raises:
-            NeuronsError: it is not a legal neurons file; the message names the entry.
+            NeuronsError: it is not a legal neurons file; the message names the entry or the key.
         """
         if not isinstance(data, dict) or not isinstance(data.get("neurons"), list):
             raise NeuronsError(
@@ -126,9 +129,11 @@ class Neurons:
         try:
             neurons = tuple(_neuron(row, i) for i, row in enumerate(data["neurons"]))
             about = {k: v for k, v in data.items() if k not in ("schema", "neurons")}
-            return cls(neurons, about)
+            found = cls(neurons, about, origin)
         except NeuronsError as error:
             raise NeuronsError(f"{origin}: {error}") from None
+        check_about(about, origin)
+        return found
 
     @classmethod
     def load(cls, path: str | Path) -> Neurons:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from regraft.errors import ImageError, InputError
+from regraft.errors import ImageError, InputError, RegraftError
 from regraft.images import MAX_PIXELS, ImageSource, decode, name_of, private
 from regraft.preprocessing import Preprocessing
 
@@ -93,6 +93,7 @@ def batches(
     Raises:
         ImageError: a picture cannot be decoded, and there is no ``on_error``.
         InputError: ``batch_size`` or ``workers`` is below 1.
+        RegraftError: the system starts no thread.
     """
     workers = default_workers() if workers is None else workers
     for name, value in (("batch_size", batch_size), ("workers", workers)):
@@ -125,11 +126,18 @@ def _run(
 
     def submit(item: ImageSource) -> Future[NDArray[np.float32]]:
         try:
-            return executor.submit(prepare, claim(item))
+            claimed = claim(item)
         except ImageError as error:
             failed = Future[NDArray[np.float32]]()
             failed.set_exception(error)  # raised in its turn
             return failed
+        try:
+            return executor.submit(prepare, claimed)
+        except RuntimeError as error:  # the executor starts its threads one by one, here
+            raise RegraftError(
+                f"no thread can be started to decode images ({error}); expected up to {workers}: "
+                "end other programs, or raise the limit of processes (ulimit -u, or a container's)"
+            ) from error
 
     def refill(room: int) -> None:
         while len(pending) < room and (entry := next(numbered, None)) is not None:

@@ -23,7 +23,7 @@ CropOffset = Literal["round", "floor"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 
 _FILTERS = {name: Image.Resampling[name.upper()] for name in get_args(Interpolation)}
-_MAX_EDGE = 16384
+MAX_EDGE = 16384
 # A 1 x 10000 picture whose shortest edge becomes 256 is 655 million pixels, of which the crop
 # needs a ten thousandth. Above this many pixels only the crop's window is resized, which rounds
 # differently (Pillow may swap its two passes) and is therefore not done to save time.
@@ -245,8 +245,8 @@ def _is_tuple(value: object, count: int, *kinds: type) -> bool:
 
 
 def _check_size(name: str, size: tuple[int, int]) -> None:
-    if not _is_tuple(size, 2, int) or not all(1 <= v <= _MAX_EDGE for v in size):
-        raise ValueError(f"{name} is {size!r}; expected (H, W), integers from 1 to {_MAX_EDGE}")
+    if not _is_tuple(size, 2, int) or not all(1 <= v <= MAX_EDGE for v in size):
+        raise ValueError(f"{name} is {size!r}; expected (H, W), integers from 1 to {MAX_EDGE}")
 
 
 def _check_numbers(name: str, values: tuple[float, ...]) -> None:

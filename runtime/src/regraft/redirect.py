@@ -13,6 +13,11 @@ from typing import Any, Literal, get_args
 
 from regraft.errors import InputError
 
+MOST_REGISTERS = 64
+# What --scale takes: the normal numbers of fp16, the narrowest precision, so that a factor means
+# the same in every bundle. Manifests may hold others.
+SCALES = (2.0**-14, 65504.0)
+
 Value = Literal["per-neuron", "per-layer", "constant"]
 Cls = Literal["zero", "keep"]
 Patches = Literal["zero", "mean", "only-outliers", "keep"]
@@ -48,8 +53,8 @@ class RedirectOptions:
             if got not in get_args(kind):
                 allowed = ", ".join(get_args(kind))
                 raise InputError(f"redirect option {name} is {got!r}; expected one of {allowed}")
-        if not 1 <= self.registers <= 64:
-            raise InputError(f"registers is {self.registers}; expected 1 to 64")
+        if not 1 <= self.registers <= MOST_REGISTERS:
+            raise InputError(f"registers is {self.registers}; expected 1 to {MOST_REGISTERS}")
         if len(self.scale) != self.registers:
             raise InputError(
                 f"scale has {len(self.scale)} values for {self.registers} registers; "

@@ -142,7 +142,9 @@ def test_neurons_of_another_model_are_refused_and_forced(
     code, out, err = export(model=bundles.PLAIN)
     assert (code, out) == (1, "")
     assert err.startswith(f"regraft: the neurons were found in {bundles.PLANTED} with weights ")
-    assert err.endswith("; run `regraft find` for this model and size, or give --force\n")
+    assert err.endswith(
+        "; run `regraft find` for this model, size and preprocessing, or give --force\n"
+    )
     assert err.count("\n") == 1
     assert nothing_left(tmp_path)
 
@@ -159,6 +161,27 @@ def test_neurons_of_another_size_are_refused(
     code, _, err = export("--force")
     assert code == 0
     assert err.startswith("regraft: warning: the neurons were found at image size [64, 48]")
+    assert err.endswith("(forced)\n")
+
+
+def test_neurons_of_another_preprocessing_are_refused_and_forced(
+    export: Regraft, neurons: Path, tmp_path: Path
+) -> None:
+    steps = bundles.loaded().preprocessing.to_json()
+    bundles.write_neurons(neurons, bundles.neurons(**bundles.found().about, preprocessing=steps))
+    assert export("--no-baseline")[0] == 0
+    other = ("--mean", "0.1", "0.2", "0.3", "--interpolation", "nearest", "--no-baseline")
+    code, out, err = export(*other, "--out", tmp_path / "other")
+    assert (code, out) == (1, "")
+    assert err.startswith(
+        "regraft: the neurons were found with another preprocessing: interpolation bicubic, here "
+        "nearest, mean 0.485 0.456 0.406, here 0.1 0.2 0.3; "
+    )
+    assert err.endswith(" or give --force\n")
+    assert not (tmp_path / "other").exists()
+    code, _, err = export(*other, "--force")
+    assert code == 0
+    assert err.startswith("regraft: warning: the neurons were found with another preprocessing: ")
     assert err.endswith("(forced)\n")
 
 
@@ -212,11 +235,8 @@ def test_a_file_that_is_no_neurons_file_is_refused(
     ("changes", "message"),
     [
         ({"detection_layer": 4}, "detection_layer is 4; expected a block of the model, 0 to 3"),
-        ({"detection_layer": "two"}, "detection_layer is 'two'; expected a block of the model"),
-        ({"detection_layer": -1}, "detection_layer is -1; expected a block of the model, 0 to 3"),
-        ({"threshold": "high"}, "threshold is 'high'; expected a number above 0"),
-        ({"threshold": 0}, "threshold is 0; expected a number above 0"),
-        ({"threshold": None}, "threshold is None; expected a number above 0"),
+        ({"detection_layer": "two"}, "detection_layer is 'two'; expected an integer from 0"),
+        ({"threshold": "high"}, "threshold is 'high'; expected a finite number above 0"),
     ],
 )
 def test_an_outlier_level_that_is_none_is_refused(
@@ -229,7 +249,7 @@ def test_an_outlier_level_that_is_none_is_refused(
     bundles.write_neurons(neurons, bundles.neurons(**{**bundles.found().about, **changes}))
     code, out, err = export()
     assert (code, out) == (1, "")
-    assert message in err
+    assert err.startswith(f"regraft: {neurons}: {message}")
     assert err.count("\n") == 1
     assert nothing_left(tmp_path)
 
@@ -255,12 +275,6 @@ def test_a_constant_value_without_recorded_values_is_refused(
             ("--attentions", "9"),
             "--attentions: there is no block 9; the model has 4 blocks, 0 to 3",
         ),
-        (
-            ("--registers", "2", "--scale", "1"),
-            "scale has 1 values for 2 registers; expected one per register",
-        ),
-        (("--registers", "65"), "registers is 65; expected 1 to 64"),
-        (("--image-size", "1,2,3"), "--image-size has 3 numbers; expected one, or two"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(
@@ -277,15 +291,33 @@ def test_options_that_do_not_fit_are_refused(
     ("words", "message"),
     [
         (("--value", "median"), "argument --value: invalid choice: 'median'"),
-        (("--registers", "0"), "argument --registers: '0' is not an integer from 1"),
+        (("--registers", "0"), "argument --registers: '0' is not an integer from 1 to 64"),
+        (("--registers", "65"), "argument --registers: '65' is not an integer from 1 to 64"),
+        (("--scale", "0"), "argument --scale: '0' is not a number from 6.1e-05 to 65504"),
+        (("--scale", "-1"), "argument --scale: '-1' is not a number from 6.1e-05 to 65504"),
+        (("--scale", "1e30"), "argument --scale: '1e30' is not a number from 6.1e-05 to 65504"),
+        (("--scale", "nan"), "argument --scale: 'nan' is not a finite number"),
+        (
+            ("--registers", "2", "--scale", "1"),
+            "regraft: --scale has 1 number for 2 registers; expected one per register\n",
+        ),
+        (
+            ("--calibration-images", "8"),
+            "regraft: --calibration-images is for --variant kv, and the variant is token; give "
+            "both or neither\n",
+        ),
+        (("--image-size", "1,2,3"), "argument --image-size: '1,2,3' has 3 numbers; expected one"),
         (("--layers", "1,x"), "argument --layers: 'x' is not an integer from 0"),
         (("--precision", "int8"), "argument --precision: invalid choice: 'int8'"),
     ],
 )
-def test_wrong_usage_exits_with_two(export: Regraft, words: tuple[str, ...], message: str) -> None:
+def test_wrong_usage_exits_with_two(
+    export: Regraft, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
     code, out, err = export(*words)
     assert (code, out) == (2, "")
     assert message in err
+    assert nothing_left(tmp_path)
 
 
 def test_an_unreadable_picture_among_good_ones_is_named_once_and_left_out(
@@ -331,7 +363,7 @@ def test_nothing_but_unreadable_pictures_is_an_error(export: Regraft, tmp_path: 
     (folder / "a.png").write_text("no picture")
     code, out, err = export(images=folder)
     assert (code, out) == (1, "")
-    assert err.splitlines()[-1] == ("regraft: none of the 1 images could be read (named above)")
+    assert err.splitlines()[-1] == "regraft: the only image could not be read (named above)"
     assert nothing_left(tmp_path)
 
 

@@ -255,13 +255,9 @@ def test_existing_output_needs_force(
     ("words", "message"),
     [
         (["--detection-layer", "9"], "detection layer is 9; the model has 5 blocks"),
-        (["--threshold", "0"], "threshold is 0.0; expected a norm above 0"),
         (["--threshold", "1e9"], "no outlier tokens above the threshold 1e+09 that was set"),
         (["--max-layer", "4"], "max layer is 4; expected 0 to 2, the detection layer"),
-        (["--device", "toaster"], "--device is 'toaster'; expected cpu, cuda or cuda:N"),
-        (["--device", "meta"], "--device is 'meta'; expected cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "--device is 'cuda:99'; torch sees "),
-        (["--image-size", "64,64,64"], "--image-size has 3 numbers; expected one, or two"),
     ],
 )
 def test_bad_values(
@@ -275,12 +271,68 @@ def test_bad_values(
 
 
 @pytest.mark.parametrize(
-    "words", [["--score", "magic"], ["--batch-size", "0"], ["--seed", "-1"], ["--mean", "1"]]
+    ("words", "message"),
+    [
+        (["--score", "magic"], "--score: invalid choice: 'magic'"),
+        (["--batch-size", "0"], "--batch-size: '0' is not an integer from 1"),
+        (["--seed", "-1"], "--seed: '-1' is not an integer from 0"),
+        (["--mean", "1"], "--mean: expected 3 arguments"),
+        (["--mean", "1", "x", "0"], "--mean: 'x' is not a finite number"),
+        (["--std", "1", "0", "1"], "--std: '0' is not a finite number above 0"),
+        (["--crop-pct", "1.5"], "--crop-pct: '1.5' is not a finite number above 0, at most 1"),
+        (["--threshold", "0"], "--threshold: '0' is not a finite number above 0"),
+        (["--threshold", "inf"], "--threshold: 'inf' is not a finite number above 0"),
+        (["--detection-layer", "-1"], "--detection-layer: '-1' is not an integer from 0"),
+        (["--max-layer", "-1"], "--max-layer: '-1' is not an integer from 0"),
+        (["--device", "toaster"], "--device: 'toaster' is no device; expected cpu, cuda or"),
+        (["--device", "meta"], "--device: 'meta' is no device; expected cpu, cuda or cuda:N"),
+        (["--image-size", "64,64,64"], "--image-size: '64,64,64' has 3 numbers; expected one"),
+        (["--image-size", "20000"], "--image-size: '20000' is not an integer from 1 to 16384"),
+        (["--out", "n.txt"], "--out: n.txt: ends in '.txt'; expected .json"),
+        (["--out", "n"], "--out: n: has no suffix; expected .json"),
+        (["--out", "n.json/"], "--out: n.json/: ends in '/', as a folder does; expected .json"),
+    ],
 )
-def test_wrong_usage(find: Callable[..., tuple[int, str, str]], words: list[str]) -> None:
+def test_wrong_usage(
+    find: Callable[..., tuple[int, str, str]],
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
     with pytest.raises(SystemExit) as caught:
         find(*words)
     assert caught.value.code == 2
+    assert f"error: argument {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--detection-layer", "2", "--max-layer", "3"],
+            "--max-layer is 3 and --detection-layer 2; expected at most that layer",
+        ),
+        (["--trust-repo"], "--trust-repo is for models of hub:REPO:ENTRY alone; MODEL is "),
+    ],
+)
+def test_options_that_do_not_go_together(
+    find: Callable[..., tuple[int, str, str]], tmp_path: Path, words: list[str], message: str
+) -> None:
+    code, _, err = find(*words)
+    assert code == 2
+    assert err.startswith(f"regraft: {message}")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "n.json").exists()
+
+
+def test_what_is_no_model_is_told_all_forms(
+    regraft: Callable[..., tuple[int, str, str]], place: Path, tmp_path: Path
+) -> None:
+    words = ("--images", place / "images", "--out", tmp_path / "n.json")
+    code, out, err = regraft("find", "nonsense", *words)
+    assert (code, out) == (1, "")
+    assert err.startswith("regraft: 'nonsense' is not a model; expected one of timm:NAME, ")
+    assert err.endswith("python:FILE.py:FUNCTION, or a file IN.onnx\n")
 
 
 def test_preprocessing_by_hand(find: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:

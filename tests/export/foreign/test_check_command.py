@@ -144,7 +144,24 @@ def test_preprocessing_by_hand_and_from_the_neurons_file(
     broken["preprocessing"]["std"] = "none"
     words[3].write_text(json.dumps(broken))  # type: ignore[union-attr]  # the neurons file
     code, _, err = regraft(*words)
-    assert (code, err.count("its preprocessing is malformed")) == (1, 1)
+    assert (code, err.count("n.json: preprocessing is malformed: std is 'none'")) == (1, 1)
+
+
+def test_without_threads_there_is_one_message(
+    path: Path,
+    listed: Callable[..., Path],
+    images: Path,
+    regraft: Regraft,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(thread: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", refuse)
+    words = ("patch", path, "--neurons", listed((48, 32)), "--dry-run", "--check", images)
+    code, out, err = regraft(*words)
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith("regraft: no thread can be started to decode images ")
 
 
 def test_images_that_are_none(
@@ -160,13 +177,13 @@ def test_images_that_are_none(
         picture.write_bytes(b"no picture")
     code, out, err = regraft(*words, images, "--check-images", 2)
     assert (code, out) == (1, "")
-    assert f"none of the 2 images of {images} could be read (named above)" in err
+    assert f"{images}: none of the 2 images could be read (named above), so nothing can" in err
     assert err.count("is not an image file") == 2
     assert not (tmp_path / "o.onnx").exists()
     # One that can be read is enough, and the other is named.
     pictures.draw(1).save(images / "picture-000.png")
     code, out, err = regraft(*words, images, "--check-images", 2)
-    assert (code, "1 images of 48 x 32, batches of 1" in out) == (0, True)
+    assert (code, ", 1 image of 48 x 32, batches of 1" in out) == (0, True)
     assert "whether images of a batch are kept apart was not checked" in out
     assert "picture-001.png" in err
 
@@ -175,7 +192,7 @@ def test_options_that_need_check(path: Path, listed: Callable[..., Path], regraf
     words = ("patch", path, "--neurons", listed((48, 32)), "--dry-run")
     for more in ("--check-images", 3), ("--crop-pct", 0.9):
         code, out, err = regraft(*words, *more)
-        assert (code, out) == (1, "")
+        assert (code, out) == (2, "")
         assert f"{more[0]} is given without --check DIR" in err
 
 

@@ -344,11 +344,7 @@ def test_a_file_needs_its_preprocessing(find: Regraft, place: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--weights", "w.pt"], "--weights is for PyTorch models; "),
-        (["--trust-repo"], "--trust-repo is for PyTorch models; "),
-        (["--device", "cuda"], "--device is 'cuda'; an ONNX file runs on the CPU here"),
         (["--image-size", "96"], "is for images of 64 x 64, not 96 x 96; leave --image-size out"),
-        (["--image-size", "64,64,64"], "--image-size has 3 numbers; expected one, or two"),
         (["--prefix", "text"], "no stack of transformer blocks has names that begin with 'text'"),
         (["--output", "text"], "--output is 'text'; expected an output computed from the images"),
         (["--detection-layer", "9"], "detection layer is 9; the model has 3 blocks"),
@@ -363,13 +359,30 @@ def test_bad_values(
     assert not (tmp_path / "n.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--weights", "w.pt"], "--weights is for PyTorch models; "),
+        (["--trust-repo"], "--trust-repo is for PyTorch models; "),
+        (["--device", "cuda"], "--device is 'cuda'; an ONNX file runs on the CPU here"),
+        (["--image-size", "64,64,64"], "'64,64,64' has 3 numbers; expected one, or two"),
+    ],
+)
+def test_wrong_usage(
+    words: list[str], message: str, find: Regraft, place: Path, tmp_path: Path
+) -> None:
+    code, out, err = find(place / "plain.onnx", *COLOURS, *GEOMETRY, *words)
+    assert (code, out, message in err) == (2, "", True)
+    assert not (tmp_path / "n.json").exists()
+
+
 @pytest.mark.parametrize("option", ["--prefix", "--output"])
 def test_options_of_files_are_refused_for_pytorch(
     option: str, tmp_path: Path, regraft: Regraft
 ) -> None:
     words = ("--images", SAMPLES, "--out", tmp_path / "n.json", option, "x")
     code, _, err = regraft("find", SHIPPED, *words)
-    assert code == 1
+    assert code == 2
     assert f"{option} is for ONNX files alone; MODEL is '{SHIPPED}'" in err
 
 

@@ -359,6 +359,16 @@ sys.exit(main(sys.argv[1:]))
     assert "made by hand" in done.stderr
 
 
+def test_a_patched_file_is_named_as_one(
+    file: Callable[..., Path], tmp_path: Path, regraft: Callable[..., tuple[int, str, str]]
+) -> None:
+    words = ("patch", file("timm", "dynamo", 18, {}), "--neurons", tmp_path / "n.json")
+    code, _, err = regraft(*words, "--out", tmp_path / "o.txt")
+    assert (code, "ends in '.txt'; expected .onnx" in err) == (2, True)
+    code, _, err = regraft(*words)
+    assert (code, err.startswith("regraft: --out is missing; ")) == (2, True)
+
+
 def test_a_dry_run_names_every_site_and_writes_nothing(
     file: Callable[..., Path], tmp_path: Path, regraft: Callable[..., tuple[int, str, str]]
 ) -> None:
@@ -474,7 +484,8 @@ def test_neurons_that_do_not_fit_a_patched_file_and_what_exists(
 def test_not_even_force_writes_over_what_is_read(
     file: Callable[..., Path], tmp_path: Path, regraft: Callable[..., tuple[int, str, str]]
 ) -> None:
-    path, near = file("timm", "dynamo", 18, {}), listed(tmp_path / "near.json", [(0, 191)])
+    # A neurons file may have any name; OUT.onnx may not.
+    path, near = file("timm", "dynamo", 18, {}), listed(tmp_path / "near.onnx", [(0, 191)])
     outside = tmp_path / "outside.onnx"
     model = onnx.load(path)
     onnx.save(model, outside, save_as_external_data=True, location="o.onnx.data", size_threshold=0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.support import algorithm2, graphs
 
-from regraft.errors import NeuronsError, RewriteError
+from regraft.errors import InputError, NeuronsError, RewriteError
 from regraft.neurons import RegisterNeuron
 from regraft.redirect import RedirectOptions
 from regraft.tokens import TokenLayout
@@ -184,6 +184,17 @@ def test_a_constant_value_gives_every_token_its_bias() -> None:
     np.testing.assert_array_equal(table[:8], np.tile(bias.values, (8, 1)))
     np.testing.assert_allclose(table[8], bias.values + written, rtol=1e-5)
     np.testing.assert_allclose(table[9], bias.values + 3 * written, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("scale", "value"), [(65504.0, 21.0), (1.0, 1e5)])
+def test_a_constant_that_overflows_is_refused(scale: float, value: float) -> None:
+    options = RedirectOptions("constant", scale=(scale,))
+    graph, down, _ = projection(dtype=np.float16)
+    said = (
+        r"layer 3: value = constant writes numbers up to [1-9].*e\+0\d, which float16 cannot hold"
+    )
+    with pytest.raises(InputError, match=said):
+        redirect_neurons(graph, down, [RegisterNeuron(3, 1, value=value)], options, layout(options))
 
 
 def test_a_bias_that_other_layers_share_is_theirs_as_before() -> None:

@@ -13,7 +13,7 @@ from regraft.errors import ModelError
 from regraft.preprocessing import Preprocessing
 from regraft_export import sources
 from regraft_export.sources import PreprocessingOverrides, load
-from regraft_export.sources.reasons import reason
+from regraft_export.sources.reasons import kind_and_reason, reason
 from regraft_export.sources.weights import weights_sha256
 
 MODEL = """
@@ -127,4 +127,5 @@ def test_importing_the_package_does_not_import_torch() -> None:
 def test_reasons_are_one_short_line() -> None:
     assert reason(ValueError("a\n  b\tc")) == "a b c"
     assert reason(ValueError("x" * 300)) == "x" * 237 + "..."
-    assert reason(EOFError()) == "EOFError"
+    assert reason(EOFError()) == kind_and_reason(EOFError()) == "EOFError"
+    assert kind_and_reason(ValueError("no\nway")) == "ValueError: no way"

@@ -199,7 +199,7 @@ EXPECTED = (
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("number", f"returned a int; {EXPECTED}"),
+        ("number", f"returned an int; {EXPECTED}"),
         ("three", f"returned a tuple of int, int, int; {EXPECTED}"),
         ("swapped", f"returned a tuple of dict, Linear; {EXPECTED}"),
         ("fails", "fails() failed (OSError: no weights)"),

@@ -138,6 +138,16 @@ def test_an_error_is_one_line_and_exit_1(
         assert "regraft.errors.InputError: cat.jpg: torn" in err
 
 
+def test_options_that_do_not_go_together_exit_2(
+    regraft: Regraft, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    body = "from regraft.errors import UsageError; raise UsageError('--a is for --b')"
+    add_command(monkeypatch, tmp_path, "mix", body)
+    assert regraft("mix") == (2, "", "regraft: --a is for --b\n")
+    code, _, err = regraft("mix", "--traceback")
+    assert (code, err.startswith("Traceback (most recent call last):")) == (2, True)
+
+
 def test_a_bug_keeps_its_traceback(
     regraft: Regraft, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

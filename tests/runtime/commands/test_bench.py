@@ -66,7 +66,22 @@ def test_the_picture_shows_the_figures(
         each += [row["baseline_ms"] / row["batch"], row["patched_ms"] / row["batch"]]
     assert [bar / max(bars) for bar in bars] == pytest.approx([e / max(each) for e in each], 0.01)
     assert "exists already" in regraft(*words, "--plot", picture)[2]
-    assert "ends in '.png'; expected .svg" in regraft(*words, "--plot", tmp_path / "b.png")[2]
+    code, _, err = regraft(*words, "--plot", tmp_path / "b.png")
+    assert (code, "ends in '.png'; expected .svg" in err) == (2, True)
+
+
+def test_images_that_cannot_be_read_are_counted_and_named(
+    regraft: Regraft, pristine_bundle: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    bad = [tmp_path / "a.jpg", tmp_path / "b.jpg"]
+    for path in bad:
+        path.write_bytes(b"")
+    code, out, err = regraft("bench", pristine_bundle, "--images", photos[0], *bad)
+    assert (code, out) == (1, "")
+    assert err == (
+        f"regraft: 2 of 3 images could not be read: {bad[0]}: is empty (0 bytes); {bad[1]}: is "
+        "empty (0 bytes)\n"
+    )
 
 
 def test_a_bundle_without_baseline_says_so(

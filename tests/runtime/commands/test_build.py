@@ -346,12 +346,12 @@ def test_a_wrong_build_option_is_named(
     message: str,
 ) -> None:
     code, _, err = regraft(*words(bundle, images, "--option", given))
-    assert code == 1
+    assert code == 2
     name = given.partition("=")[0]
     assert err == f"regraft: openvino: there is no build option {name!r}; it has none\n"
     monkeypatch.setattr(OpenVinoEngine, "build_options", OPTIONS)
     code, _, err = regraft(*words(bundle, images, "--option", given))
-    assert (code, err) == (1, f"regraft: openvino: {message}\n")
+    assert (code, err) == (2, f"regraft: openvino: {message}\n")
 
 
 def test_a_build_option_that_is_no_pair_is_wrong_usage(

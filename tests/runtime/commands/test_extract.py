@@ -219,13 +219,11 @@ def test_bad_words_are_one_line(
             [pristine_bundle, tmp_path / "empty"],
             f"{tmp_path / 'empty'}: the folder holds no images",
         ),
-        ([*standard, "--outputs", "cls,clas"], "there is no output 'clas'; expected cls, prefix"),
         ([*standard, "--outputs", "prefix"], "output 'prefix' is not in this bundle, which gives"),
         (
             [*standard, "--engine", "ort-cuda"],
             "ort-cuda: the onnxruntime that is installed is the one for CPUs",
         ),
-        ([*standard, "--out", "features.csv"], "features.csv: ends in '.csv'; expected .npz or"),
         ([*standard, "--out", "/sys/f.npz"], "/sys/f.npz: cannot be written (Permission denied); "),
         ([*standard, "--out", "/dev/null"], "/dev/null: is a device or a pipe; expected"),
         ([*standard, "--out", tmp_path / "no/f.npz"], "does not exist; create it first"),
@@ -234,15 +232,39 @@ def test_bad_words_are_one_line(
             "empty: exists already; give --force to replace",
         ),
         ([*standard, "--out", f"{tmp_path}/no/f/"], "no/f/: the folder"),
-        ([*standard, "--processes", 2], "--processes needs a folder to write to, and --out"),
-        ([*standard, "--shard-size", 2], "--shard-size needs a folder to write to, and --out"),
-        ([*standard, "--ray"], "--ray needs a folder to write to, and --out"),
     ]:
         given = ["--out", out] if "--out" not in words else []
         code, said, err = regraft("extract", *words, *given)
         assert (code, said, err.count("\n")) == (1, "", 1), words
         assert err.startswith("regraft: "), words
         assert message in err
+    assert left_beside(out) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--outputs", "cls,clas"], "there is no output 'clas'; expected cls, prefix"),
+        (["--out", "features.csv"], "features.csv: ends in '.csv'; expected .npz or .parquet"),
+        (["--out", "sub.npz/"], "sub.npz/: ends as a file does, and in '/' as a folder does"),
+        (["--processes", 2], "--processes needs a folder to write to, and --out"),
+        (["--shard-size", 2], "--shard-size needs a folder to write to, and --out"),
+        (["--ray"], "--ray needs a folder to write to, and --out"),
+    ],
+)
+def test_wrong_usage(
+    regraft: Regraft,
+    pristine_bundle: Path,
+    photos: list[Path],
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[object],
+    message: str,
+) -> None:
+    monkeypatch.chdir(out.parent)
+    code, said, err = regraft("extract", pristine_bundle, photos[0], "--out", out, *words)
+    assert (code, said) == (2, "")
+    assert message in err
     assert left_beside(out) == []
 
 

@@ -142,6 +142,32 @@ def test_a_shard_without_any_readable_image_has_the_same_schema(
     assert f"2 of 4 images could not be read (named above); {out} holds their errors" in err
 
 
+@pytest.mark.parametrize("more", [(), ("--processes", 2), ("--strict",)])
+def test_when_no_image_can_be_read_nothing_is_left(
+    regraft: Regraft, pristine_bundle: Path, photos: list[Path], out: Path, more: tuple[object, ...]
+) -> None:
+    bad = [out.parent / f"{i}.jpg" for i in range(3)]
+    for path in bad:
+        path.write_bytes(b"")
+    words = ["extract", pristine_bundle, *bad, "--out", out, "--shard-size", 2, *more]
+    code, said, err = regraft(*words)
+    assert (code, said) == (1, "")
+    assert err.splitlines()[-1] == (
+        f"regraft: {out}: there are no features to write; none of the 3 images could be read "
+        "(named above)"
+    )
+    assert set(out.parent.iterdir()) == set(bad)
+    # Once they can be read, the same command reads them.
+    for path in bad:
+        shutil.copy(photos[0], path)
+    assert regraft(*words)[0] == 0
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    bad[0].write_bytes(b"")
+    code, _, _ = regraft("extract", pristine_bundle, bad[0], "--out", out, "--force", *more)
+    assert code == 1
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
 def start(words: list[object]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "regraft", "extract", *map(str, words)],

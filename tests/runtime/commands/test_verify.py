@@ -77,7 +77,7 @@ def test_another_model_is_refused(regraft: Regraft, bundle: Path, images: Path) 
 
 def test_weights_without_a_model_are_refused(regraft: Regraft, bundle: Path, images: Path) -> None:
     code, out, err = regraft("verify", bundle, "--images", images, "--weights", "w.safetensors")
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert err == "regraft: --weights is given without --model; give both or neither\n"
 
 
@@ -223,13 +223,25 @@ def test_unreadable_pictures_are_named_and_left_out(
     assert err.splitlines()[1:] == ["regraft: 1 of 4 images could not be read (named above)"]
 
 
+def test_without_threads_there_is_one_message(
+    regraft: Regraft, bundle: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", refuse)
+    code, out, err = regraft("verify", bundle, "--images", images)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("regraft: no thread can be started to decode images (can't start new ")
+
+
 def test_comparing_nothing_is_a_failure(regraft: Regraft, bundle: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
     (folder / "a.png").write_text("no picture")
     code, out, err = regraft("verify", bundle, "--images", folder)
     assert (code, out) == (1, "")
-    assert err.splitlines()[1:] == ["regraft: none of the 1 images could be read (named above)"]
+    assert err.splitlines()[1:] == ["regraft: the only image could not be read (named above)"]
 
 
 def test_what_is_not_there_is_named(regraft: Regraft, bundle: Path, tmp_path: Path) -> None:

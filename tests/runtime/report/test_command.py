@@ -75,8 +75,18 @@ def test_no_image_can_be_read(regraft: Regraft, probed: Path, tmp_path: Path) ->
     (tmp_path / "bad.png").touch()
     code, out, err = regraft("report", probed, "--images", tmp_path, "--out", tmp_path / "r.html")
     assert (code, out) == (1, "")
-    assert "none of the 1 images could be read" in err
+    assert "the only image could not be read" in err
     assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize("name", ["r.htm", "r", "r.html/"])
+def test_the_page_needs_its_suffix(
+    regraft: Regraft, probed: Path, pictures: Path, tmp_path: Path, name: str
+) -> None:
+    out = f"{tmp_path}/{name}"
+    code, _, err = regraft("report", probed, "--images", pictures, "--out", out)
+    assert (code, "; expected .html" in err) == (2, True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_exists_is_kept(

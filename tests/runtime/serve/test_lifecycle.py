@@ -216,16 +216,16 @@ def test_log_lines(pristine_bundle: Path) -> None:
 
 def test_what_does_not_start(regraft: Regraft, pristine_bundle: Path, tmp_path: Path) -> None:
     cases = [
-        ((tmp_path,), "is not a bundle"),
-        ((f"a b={pristine_bundle}",), "cannot name a model"),
-        ((f"x={pristine_bundle}", f"x_images={pristine_bundle}"), "collide"),
-        ((pristine_bundle, "--key-file", tmp_path / "no"), "expected a file with a key"),
-        ((pristine_bundle, "--max-queue", 1), "expected at least --max-batch"),
-        ((pristine_bundle, "--preferred-batch", 33), "expected at most --max-batch, 32"),
+        (1, (tmp_path,), "is not a bundle"),
+        (2, (f"a b={pristine_bundle}",), "cannot name a model"),
+        (2, (f"x={pristine_bundle}", f"x_images={pristine_bundle}"), "collide"),
+        (1, (pristine_bundle, "--key-file", tmp_path / "no"), "expected a file with a key"),
+        (2, (pristine_bundle, "--max-queue", 1), "expected at least --max-batch"),
+        (2, (pristine_bundle, "--preferred-batch", 33), "expected at most --max-batch, 32"),
     ]
-    for words, message in cases:
+    for expected, words, message in cases:
         code, _, err = regraft("serve", *words, "--port", "0")
-        assert (code, message in err) == (1, True), err
+        assert (code, message in err) == (expected, True), err
         assert len(err.splitlines()) == 1
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.cli.options import at_least
-from regraft.errors import EngineError, InputError, ModelError, RewriteError
+from regraft.errors import EngineError, InputError, ModelError, RewriteError, UsageError
+from regraft.wording import counted, none_read
 from regraft_export.commands._model_arguments import (
     add_preprocessing_arguments,
     preprocessing_overrides,
@@ -52,12 +53,12 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_alone(args: argparse.Namespace) -> None:
-    """Raises InputError if something is said of a check that is not asked for."""
+    """Raises UsageError if something is said of a check that is not asked for."""
     names = ("check_images", *_PREPARES)
     given = [name for name in names if getattr(args, name) is not None]
     if args.check is None and given:
         option = given[0].replace("_", "-")
-        raise InputError(f"--{option} is given without --check DIR; give both or neither")
+        raise UsageError(f"--{option} is given without --check DIR; give both or neither")
 
 
 def images(args: argparse.Namespace, neurons: Neurons, found: Survey) -> NDArray[np.float32]:
@@ -88,32 +89,22 @@ def images(args: argparse.Namespace, neurons: Neurons, found: Survey) -> NDArray
 
         read = [batch.pixels for batch in batches(paths, steps, len(paths), on_error=skip)]
     if not read:
-        raise InputError(
-            f"none of the {len(paths)} images of {args.check} could be read (named above), so "
-            "nothing can be checked"
-        )
+        raise InputError(f"{args.check}: {none_read(len(paths))}, so nothing can be checked")
     return np.concatenate(read)
 
 
 def _preprocessing(args: argparse.Namespace, neurons: Neurons, found: Survey) -> Preprocessing:
     from dataclasses import replace
 
-    from regraft.preprocessing import Preprocessing
+    from regraft.neurons_about import preprocessing_of
     from regraft_export.sources.data_config import from_data_config, override
 
     # Whatever the neurons were found at, a file for one size takes that.
     sized = replace(preprocessing_overrides(args), image_size=found.image.size)
-    recorded = neurons.about.get("preprocessing")
-    if recorded is None:
+    own = preprocessing_of(neurons.about, neurons.origin)
+    if own is None:
         cure = "take the file that `regraft find` wrote"
         return from_data_config(sized.over({}), str(args.neurons), cure)
-    try:
-        own = Preprocessing.from_json(recorded)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{args.neurons}: its preprocessing is malformed ({error}); expected what "
-            "`regraft find` wrote"
-        ) from None
     free = found.image.open_size and args.image_size is None
     return override(own, preprocessing_overrides(args) if free else sized, str(args.neurons))
 
@@ -156,9 +147,10 @@ def lines(checked: Checked) -> Iterator[str]:
     """What was found in words and a table."""
     height, width = checked.image_size
     verdict = "passed" if checked.passed else "FAILED"
+    images = counted(checked.images, "image")
     yield (
-        f"check with the method in numpy, {checked.images} images of {height} x {width}, batches "
-        f"of {checked.batch}: {verdict}"
+        f"check with the method in numpy, {images} of {height} x {width}, "
+        f"batches of {checked.batch}: {verdict}"
     )
     yield (
         f"  {'graph':<20}{'output':<22}{'relative error':>15}{'token cosine':>14}{'image':>10}"

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.cli.options import add_force, at_least, integers
+from regraft.cli.options import at_least, integers
 from regraft.constants import VARIANTS
-from regraft.errors import InputError
+from regraft.errors import InputError, UsageError
+from regraft.wording import counted, none_read, some_unread
 from regraft_export.commands._model_arguments import add_model_arguments, load_model
 from regraft_export.commands._redirect_arguments import add_redirect_arguments, redirect_options
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from regraft.verification import Verification
 
 _PRECISIONS = ("fp32", "fp16", "bf16")
+_CALIBRATION = 128  # images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,10 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-images",
         type=at_least(1),
-        default=128,
         metavar="N",
         help="--variant kv: take the mean over at most N of the --images, none of which is "
-        "verified on (default: %(default)s)",
+        f"verified on (default: {_CALIBRATION})",
     )
     add_redirect_arguments(parser)
     outputs = parser.add_argument_group("outputs")
@@ -81,7 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="write nothing if an image cannot be read"
     )
-    add_force(parser)
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace BUNDLE if it exists; export although the neurons were found in other "
+        "weights, at another image size or with another preprocessing",
+    )
     parser.add_argument("--json", action="store_true", help="print the findings for machines")
 
 
@@ -97,6 +103,11 @@ def run(args: argparse.Namespace) -> int:
     from regraft_export.outlier_level import measured_level, recorded_level
     from regraft_export.vit.structure import from_module
 
+    if args.calibration_images is not None and args.variant != "kv":
+        raise UsageError(
+            f"--calibration-images is for --variant kv, and the variant is {args.variant}; give "
+            "both or neither"
+        )
     check_output(args.out, args.force, marker=NAME)
     neurons = Neurons.load(args.neurons)
     options = _options(args)
@@ -157,7 +168,7 @@ class ImageBatches:
             seen += len(batch.pixels)
             yield batch.pixels
         if not seen:
-            raise InputError(f"none of the {len(self.paths)} images could be read (named above)")
+            raise InputError(none_read(len(self.paths)))
 
     def check_all(self) -> None:
         """Reads every file once.
@@ -169,7 +180,7 @@ class ImageBatches:
             pass
         if self.named:
             raise InputError(
-                f"{len(self.named)} of {len(self.paths)} images could not be read (named above); "
+                f"{some_unread(len(self.named), len(self.paths))}; "
                 "nothing was written; without --strict they are left out"
             )
 
@@ -192,7 +203,7 @@ def shared_out(paths: list[Path], args: argparse.Namespace) -> tuple[list[Path],
     verified = spread(paths, min(args.max_images, len(paths) // 2))
     taken = set(verified)
     others = [path for path in paths if path not in taken]
-    return verified, spread(others, args.calibration_images)
+    return verified, spread(others, args.calibration_images or _CALIBRATION)
 
 
 def spread(paths: list[Path], most: int) -> list[Path]:
@@ -233,9 +244,9 @@ def _summary(out: str, manifest: Manifest, verification: Verification) -> Iterat
     if made is not None:
         none = max(made.errors)
         yield (
-            f"constants: from layer {made.first_layer} on, mean of {made.images} images; error to "
-            f"the variant token {made.errors[made.first_layer]:.2g}, without constants "
-            f"{made.errors[none]:.2g} (on {made.measured_images} images)"
+            f"constants: from layer {made.first_layer} on, mean of "
+            f"{counted(made.images, 'image')}; error to the variant token "
+            f"{made.errors[made.first_layer]:.2g}, without constants {made.errors[none]:.2g} (on {counted(made.measured_images, 'image')})"
         )
     yield from lines(verification)
     if manifest.cuda_missing:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.cli.options import add_force, at_least, thread_count
-from regraft.errors import InputError
+from regraft.cli.options import add_force, at_least, file_name, number, thread_count
+from regraft.errors import InputError, UsageError
+from regraft.wording import counted, some_unread
 from regraft_export.commands._model_arguments import (
     add_model_arguments,
     load_model,
@@ -47,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"images, {ENOUGH} or more, like those the model will see",
     )
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="FILE", help="neurons.json, to be written"
+        "--out",
+        required=True,
+        type=file_name(".json"),
+        metavar="FILE.json",
+        help="the neurons file to write",
     )
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the split (default: 0)")
     parser.add_argument(
@@ -57,7 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=thread_count, metavar="N", help="decoding threads (one per core)"
     )
     parser.add_argument(
-        "--device", default="cpu", help="cpu (default), cuda, cuda:1, ... (ONNX files: cpu)"
+        "--device",
+        type=_device_name,
+        default="cpu",
+        help="cpu (default), cuda, cuda:1, ... (ONNX files: cpu)",
     )
     parser.add_argument("--strict", action="store_true", help="exit 1 if an image cannot be read")
     add_force(parser)
@@ -87,13 +96,19 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "may need --max-layer",
     )
     group.add_argument(
-        "--threshold", type=float, metavar="NORM", help="patch norm above which a token is one"
+        "--threshold",
+        type=number(above=0),
+        metavar="NORM",
+        help="patch norm above which a token is one",
     )
     group.add_argument(
-        "--detection-layer", type=int, metavar="L", help="block at whose output, from 0"
+        "--detection-layer", type=at_least(0), metavar="L", help="block at whose output, from 0"
     )
     group.add_argument(
-        "--max-layer", type=int, metavar="L", help="last block to score (default: detection layer)"
+        "--max-layer",
+        type=at_least(0),
+        metavar="L",
+        help="last block to score (default: detection layer)",
     )
     group.add_argument(
         "--max-neurons",
@@ -109,6 +124,11 @@ def run(args: argparse.Namespace) -> int:
     from regraft.files import check_output, whole_file
     from regraft.images import list_images
 
+    if args.detection_layer is not None and (args.max_layer or 0) > args.detection_layer:
+        raise UsageError(
+            f"--max-layer is {args.max_layer} and --detection-layer {args.detection_layer}; "
+            "expected at most that layer: later ones cannot have written what is there"
+        )
     check_output(args.out, args.force)
     paths = list_images(args.images)
     failures: list[Failure] = []
@@ -132,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(_summary(args, found)))
     if failures and args.strict:
         raise InputError(
-            f"{len(failures)} of {len(paths)} images could not be read (named above); {args.out} "
+            f"{some_unread(len(failures), len(paths))}; {args.out} "
             "was found on the others; without --strict this is no error"
         )
     return 0
@@ -141,8 +161,8 @@ def run(args: argparse.Namespace) -> int:
 def _warn_of_few(images: int) -> None:
     if images < ENOUGH:
         print(
-            f"regraft: warning: found on {_count(images, 'image')}; expected {ENOUGH} or more like "
-            "those the model will see: with so few, units and figures may be chance",
+            f"regraft: warning: found on {counted(images, 'image')}; expected {ENOUGH} or more "
+            "like those the model will see: with so few, units and figures may be chance",
             file=sys.stderr,
         )
 
@@ -189,11 +209,11 @@ _Opened = tuple["Subject", "Preprocessing", dict[str, Any]]
 def _of_pytorch(args: argparse.Namespace) -> _Opened:
     for name in ("prefix", "output"):
         if getattr(args, name) is not None:
-            raise InputError(f"--{name} is for ONNX files alone; MODEL is {args.model!r}")
+            raise UsageError(f"--{name} is for ONNX files alone; MODEL is {args.model!r}")
     from regraft_export.finding.pytorch import PyTorchSubject
     from regraft_export.vit.structure import from_module
 
-    loaded = load_model(args)
+    loaded = load_model(args, also=", or a file IN.onnx")
     module = loaded.module.to(_device(args.device))
     about = {
         "model": loaded.source,
@@ -209,11 +229,11 @@ def _of_pytorch(args: argparse.Namespace) -> _Opened:
 def _of_file(args: argparse.Namespace) -> _Opened:
     wrong = {"--weights": args.weights is not None, "--trust-repo": args.trust_repo}
     for name in (name for name, given in wrong.items() if given):
-        raise InputError(
+        raise UsageError(
             f"{name} is for PyTorch models; {args.model} has its own weights and no code"
         )
     if args.device != "cpu":
-        raise InputError(
+        raise UsageError(
             f"--device is {args.device!r}; an ONNX file runs on the CPU here: leave it out"
         )
     from regraft_export.foreign.opening import open_file
@@ -224,6 +244,13 @@ def _of_file(args: argparse.Namespace) -> _Opened:
     return opened.subject, opened.preprocessing, opened.about
 
 
+def _device_name(text: str) -> str:
+    """An argument type: a device as torch names it."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; expected cpu, cuda or cuda:N")
+    return text
+
+
 def _device(name: str) -> Any:
     """The torch device of this name.
 
@@ -232,16 +259,11 @@ def _device(name: str) -> Any:
     """
     import torch
 
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device is {name!r}; expected cpu, cuda or cuda:N") from None
-    count = torch.cuda.device_count()
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device is {name!r}; expected cpu, cuda or cuda:N")
+    device, count = torch.device(name), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise InputError(
-            f"--device is {name!r}; torch sees {count} CUDA devices here: use --device cpu"
+            f"--device is {name!r}; torch sees {counted(count, 'CUDA device')} here: use "
+            "--device cpu"
         )
     return device
 
@@ -266,7 +288,7 @@ def _summary(args: argparse.Namespace, found: Found) -> Iterator[str]:
     images, report = about["images"], about["report"]
     before = report["before"]
     where = ", ".join(f"{len(neurons.of(layer))} in layer {layer}" for layer in neurons.layers)
-    yield f"{args.model}: {_count(len(neurons.neurons), 'register neuron')} ({where})"
+    yield f"{args.model}: {counted(len(neurons.neurons), 'register neuron')} ({where})"
     yield (
         f"outlier tokens: patch norm above {about['threshold']:.4g} at layer "
         f"{about['detection_layer']} (median {before['median_norm']:.4g}), "
@@ -284,8 +306,8 @@ def _summary(args: argparse.Namespace, found: Found) -> Iterator[str]:
     seconds = found.seconds
     yield (
         f"{sum(seconds.values()):.1f} s: detection {seconds['detection']:.1f}, scoring "
-        f"{seconds['scoring']:.1f}, selection {seconds['selection']:.1f} ({found.runs} images "
-        f"run), report {seconds['report']:.1f}"
+        f"{seconds['scoring']:.1f}, selection {seconds['selection']:.1f} "
+        f"({counted(found.runs, 'image')} run), report {seconds['report']:.1f}"
     )
     yield f"written: {args.out}"
 
@@ -305,7 +327,3 @@ def _table(report: dict[str, Any]) -> Iterator[str]:
             f"{name:<30}{figures['outlier_tokens']:>10}{figures['largest_over_median']:>16.2f}"
             f"{cosine:>22.4f}"
         )
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"

@@ -18,8 +18,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.cli.options import integers
-from regraft.errors import InputError
+from regraft.cli.options import file_name
+from regraft.errors import InputError, UsageError
+from regraft.wording import counted
 from regraft_export.commands import _check_arguments
 from regraft_export.commands._model_arguments import image_size
 from regraft_export.commands._redirect_arguments import add_redirect_arguments, redirect_options
@@ -34,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("model", metavar="IN.onnx", type=Path, help="as an exporter wrote it")
     parser.add_argument("--neurons", required=True, metavar="FILE", help="neurons.json")
-    parser.add_argument("--out", type=Path, metavar="OUT.onnx", help="the file to write")
+    parser.add_argument(
+        "--out", type=file_name(".onnx"), metavar="OUT.onnx", help="the file to write"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be touched and write nothing"
     )
@@ -46,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--image-size",
-        type=integers(1),
+        type=image_size,
         metavar="N",
         help="one number, or height,width, where the file leaves it open and nothing in it says",
     )
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from regraft_export.onnx_file.write import data_path, write_file
 
     if args.out is None and not args.dry_run:
-        raise InputError("--out is missing; expected the file to write, or --dry-run")
+        raise UsageError("--out is missing; expected the file to write, or --dry-run")
     if not args.dry_run:
         check_output(args.out, args.force)
     options = redirect_options(args)
@@ -82,13 +85,13 @@ def run(args: argparse.Namespace) -> int:
     neurons = Neurons.load(args.neurons)
     file = read_file(args.model)
     if not args.dry_run:
-        outputs = [args.out]
+        outputs = [Path(args.out)]
         if file.external:
-            outputs.append(data_path(args.out))
+            outputs.append(data_path(outputs[0]))
             check_output(outputs[-1], args.force)
         stored = {tensor.path for tensor in file.stored.values()}
         _spare_inputs(outputs, {args.model, Path(args.neurons), *stored})
-    found = survey(file, prefix=args.prefix, image_size=image_size(args.image_size))
+    found = survey(file, prefix=args.prefix, image_size=args.image_size)
     for warning in check_belongs(neurons, found, args.force):
         print(f"regraft: warning: {warning}", file=sys.stderr)
     facts = _facts(found)
@@ -102,8 +105,9 @@ def run(args: argparse.Namespace) -> int:
         facts |= {"check": checked.to_json()}
     written: list[Path] = []
     if not args.dry_run and (checked is None or checked.passed):
+        out = Path(args.out)
         written = write_file(
-            patched.proto, patched.stored, args.out, external=file.external, force=args.force
+            patched.proto, patched.stored, out, external=file.external, force=args.force
         )
     facts |= {"written": [str(path) for path in written]}
     said = _lines(args.model, facts, checked, every=args.verbose or args.dry_run)
@@ -169,7 +173,8 @@ def _lines(
     )
     yield f"token site: {facts['token']}"
     for layer, name in facts["redirects"].items():
-        yield f"redirect site: layer {layer}, {name} ({facts['nodes_added'][layer]} nodes)"
+        nodes = counted(facts["nodes_added"][layer], "node")
+        yield f"redirect site: layer {layer}, {name} ({nodes})"
     for name in facts["outputs"]:
         yield f"output site: {name}"
     for line in facts["mended"] if every else _by_kind(facts["mended"]):
@@ -182,7 +187,4 @@ def _lines(
 def _by_kind(mended: list[str]) -> list[str]:
     """How many token counts changed in the same way, in place of every node's name."""
     kinds = Counter(line.rpartition(": ")[2] for line in mended)
-    return [
-        f"{kind}, in {n} {'place' if n == 1 else 'places'} (--verbose lists them)"
-        for kind, n in kinds.items()
-    ]
+    return [f"{kind}, in {counted(n, 'place')} (--verbose lists them)" for kind, n in kinds.items()]

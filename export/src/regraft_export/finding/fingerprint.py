@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-PROJECTIONS = 16
-BIAS_PROJECTIONS = 8
+from regraft.neurons_about import BIAS_PROJECTIONS, PROJECTIONS
+
 TOLERANCE = 0.004
 _SEED = 250608010
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regraft.errors import ModelError
+from regraft.wording import counted
 
 _LOWEST, _HIGHEST = -4, 8  # decimal logarithms of the norms that are told apart
 _PER_DECADE = 256  # bins 0.9 % wide
@@ -55,8 +56,8 @@ class NormStatistics:
             layer = int(np.flatnonzero(bad.any(axis=(1, 2)))[0])
             raise ModelError(
                 f"layer {layer}: {int(bad[layer].sum())} of {bad[layer].size} patch norms of a "
-                f"batch of {norms.shape[1]} images are NaN or infinite; expected finite features: "
-                "check the weights and the preprocessing (mean, std)"
+                f"batch of {counted(norms.shape[1], 'image')} are NaN or infinite; expected finite "
+                "features: check the weights and the preprocessing (mean, std)"
             )
         self.images += norms.shape[1]
         self.tokens += norms.shape[1] * norms.shape[2]

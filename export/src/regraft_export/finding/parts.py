@@ -12,6 +12,7 @@ import numpy as np
 from regraft.errors import InputError
 from regraft.pipeline import Failure, batches
 from regraft.preprocessing import Preprocessing
+from regraft.wording import counted
 from regraft_export.finding.subject import Floats
 
 MIN_IMAGES = 6
@@ -129,7 +130,7 @@ def split(count: int, seed: int) -> Parts:
     """
     if count < MIN_IMAGES:
         raise InputError(
-            f"{count} image{'' if count == 1 else 's'} came; finding needs at least {MIN_IMAGES}, "
+            f"{counted(count, 'image')} came; finding needs at least {MIN_IMAGES}, "
             "for its three parts (score, select, report), and is meant for 100 or more"
         )
     order = np.random.default_rng(seed).permutation(count).tolist()
@@ -150,7 +151,7 @@ def gathered(images: Images, positions: Sequence[int], part: str) -> Floats:
     batches = list(images.batches(positions))
     if not batches:
         raise InputError(
-            f"none of the {len(positions)} images of the {part} part could be read; expected at "
-            "least one: give more images"
+            f"no image of the {part} part ({counted(len(positions), 'image')}) could be read; "
+            "expected at least one: give more images"
         )
     return np.concatenate(batches)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from regraft.errors import GateError, InputError, ModelError
 from regraft.neurons import Neurons
+from regraft.wording import counted
 from regraft_export.finding.judge import in_batches, register_neurons
 from regraft_export.finding.outliers import Detection
 from regraft_export.finding.score import Scores
@@ -94,9 +95,9 @@ class Report:
             )
         if failed:
             raise GateError(
-                f"the selection fails on {self.images} images used neither for scoring nor for "
-                f"selection: {'; and '.join(failed)}; nothing was written: give more images, or "
-                "set --detection-layer or --threshold by hand"
+                f"the selection fails on {counted(self.images, 'image')} used neither for scoring "
+                f"nor for selection: {'; and '.join(failed)}; nothing was written: give more "
+                "images, or set --detection-layer or --threshold by hand"
             )
 
     def left_later(self, detection_layer: int) -> list[int]:
@@ -185,8 +186,8 @@ def _run(subject: Subject, pixels: Floats, done: Intervention, batch_size: int) 
     if not finite.all():
         raise ModelError(
             f"the model's features or output ({output}) have NaN or infinite values on "
-            f"{int((~finite).sum())} of {len(pixels)} images; expected finite features: check the "
-            "weights and the preprocessing (mean, std)"
+            f"{int((~finite).sum())} of {counted(len(pixels), 'image')}; expected finite features: "
+            "check the weights and the preprocessing (mean, std)"
         )
     patches = subject.patches
     return Run(norms[..., :patches], outputs, output, norms[..., patches:])

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regraft.errors import InputError, ModelError
+from regraft.wording import counted
 from regraft_export.finding.norms import NormStatistics
 from regraft_export.finding.outliers import Detection
 from regraft_export.finding.subject import Contributions, Doubles, Floats, Subject
@@ -135,7 +136,7 @@ def score_neurons(
     if sums.outliers == 0:
         raise ModelError(
             f"no outlier tokens: no patch norm above {detection.threshold:.4g} at layer "
-            f"{detection.layer} in the {sums.images} images used for scoring"
+            f"{detection.layer} in {counted(sums.images, 'image')} used for scoring"
         )
     return _means(sums, kind)
 

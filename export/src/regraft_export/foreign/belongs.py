@@ -31,7 +31,7 @@ def check_belongs(neurons: Neurons, found: Survey, force: bool) -> list[str]:
     about = neurons.about
     expected = about.get("fingerprints")
     warnings, objections = [], []
-    if not isinstance(expected, Mapping) or not expected:
+    if not expected:
         warnings.append(
             "the neurons file has no fingerprints (made by hand?), so it cannot be checked that "
             "the neurons belong to these weights"
@@ -57,14 +57,13 @@ def check_belongs(neurons: Neurons, found: Survey, force: bool) -> list[str]:
 
 def _objection(layer: int, expected: Mapping[str, Any], found: Survey) -> str | None:
     weight, bias = found.weights(layer)
-    try:
-        apart = difference(
-            expected[str(layer)],
-            np.asarray(weight, np.float32),
-            None if bias is None else np.asarray(bias, np.float32),
-        )
-    except (KeyError, TypeError, ValueError):
-        return f"the neurons file has no fingerprint of layer {layer}, or a malformed one"
+    if str(layer) not in expected:
+        return f"the neurons file has no fingerprint of layer {layer}"
+    apart = difference(
+        expected[str(layer)],
+        np.asarray(weight, np.float32),
+        None if bias is None else np.asarray(bias, np.float32),
+    )
     if apart <= TOLERANCE:
         return None
     return (

@@ -27,7 +27,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from regraft.errors import NeuronsError
+from regraft.errors import InputError, NeuronsError
 from regraft.neurons import RegisterNeuron
 from regraft.redirect import RedirectOptions
 from regraft.tokens import TokenLayout
@@ -56,6 +56,10 @@ def redirect_neurons(
 
     Returns:
         How many nodes were added.
+
+    Raises:
+        NeuronsError: ``value = constant``, and a neuron has no value.
+        InputError: ``value = constant``, and what it writes overflows the graph's precision.
     """
     site = _Site(Editor(graph), down, list(neurons), options, layout, open_count)
     stem = f"regraft.redirect.{neurons[0].layer}"
@@ -155,14 +159,28 @@ def _constant_values(site: _Site) -> NDArray[np.generic]:
                 f"{n.index}) has none (written by hand?): run `regraft find`, or use "
                 "value = per-neuron"
             )
-    return np.array([n.value for n in site.neurons], dtype=site.dtype)
+    return _narrowed(site, np.array([n.value for n in site.neurons], dtype=np.float64))
+
+
+def _narrowed(site: _Site, values: NDArray[np.float64]) -> NDArray[np.generic]:
+    """Constants in the graph's precision, none of which becomes infinite."""
+    with np.errstate(over="ignore"):  # said below
+        narrow = values.astype(site.dtype)
+    if not np.isfinite(narrow.astype(np.float64)).all():
+        raise InputError(
+            f"layer {site.neurons[0].layer}: value = constant writes numbers up to "
+            f"{np.abs(values).max():.3g}, which {site.dtype} cannot hold; give a smaller --scale, "
+            "or a wider precision"
+        )
+    return narrow
 
 
 def _written(site: _Site) -> NDArray[np.float64]:
-    """What recorded values write: value @ W[N], (D,)."""
+    """What recorded values write: value @ W[N], (D,); times no scale more than can be held."""
     written: NDArray[np.float64] = _constant_values(site).astype(np.float64) @ site.rows.astype(
         np.float64
     )
+    _narrowed(site, np.outer(site.options.scale, written))
     return written
 
 

@@ -63,6 +63,7 @@ def load(
     overrides: PreprocessingOverrides | None = None,
     preprocessing: Preprocessing | None = None,
     trust_repo: bool = False,
+    also: str = "",
 ) -> LoadedModel:
     """Loads MODEL.
 
@@ -73,6 +74,7 @@ def load(
         overrides: what replaces parts of the model's own preprocessing.
         preprocessing: replaces all of it, and the overrides; the model then needs none of its own.
         trust_repo: for ``hub:`` alone: whether a repository new to torch.hub may be run.
+        also: what the caller takes besides, for the message about what is no model.
 
     Raises:
         ModelError: no such scheme, package, model or weights; weights that do not fit or are not
@@ -80,7 +82,7 @@ def load(
     """
     scheme, colon, rest = model.partition(":")
     if scheme not in _SCHEMES or not colon or not rest:
-        raise ModelError(f"{model!r} is not a model; expected one of {_FORMS}")
+        raise ModelError(f"{model!r} is not a model; expected one of {_FORMS}{also}")
     if trust_repo and scheme != "hub":
         raise ModelError(f"{model}: --trust-repo is for models of hub:REPO:ENTRY alone")
     try:

@@ -22,6 +22,7 @@ from torch import nn
 
 from regraft.errors import ModelError
 from regraft.preprocessing import Preprocessing
+from regraft.wording import with_article
 from regraft_export.sources.data_config import (
     NAMES,
     PreprocessingOverrides,
@@ -29,7 +30,7 @@ from regraft_export.sources.data_config import (
     from_data_config,
 )
 from regraft_export.sources.hub_positions import fix_image_size
-from regraft_export.sources.reasons import reason
+from regraft_export.sources.reasons import kind_and_reason
 from regraft_export.sources.weights import load_weights
 
 _FORM = "expected hub:OWNER/NAME:ENTRY, hub:OWNER/NAME:REF:ENTRY or hub:./FOLDER:ENTRY"
@@ -66,8 +67,8 @@ def load(
     module, config = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
     if not isinstance(module, nn.Module) or not isinstance(config, Mapping):
         raise ModelError(
-            f"{subject}: {entry}() returned a {type(result).__name__}; expected an nn.Module, or a "
-            f"pair of it and a dict with {', '.join(NAMES)}"
+            f"{subject}: {entry}() returned {with_article(type(result).__name__)}; expected an "
+            f"nn.Module, or a pair of it and a dict with {', '.join(NAMES)}"
         )
     if preprocessing is None:
         preprocessing = from_data_config(overrides.over(config), subject)
@@ -106,9 +107,8 @@ def _run_entry(subject: str, repo: str, entry: str, trust_repo: bool, *, with_we
         cures = ["" if folder else "clone the repository and give its folder"]
         cures.append("give --weights FILE" if with_weights else "")
         raise ModelError(
-            f"{subject}: {entry}() of {repo} cannot be run ({type(error).__name__}: "
-            f"{reason(error)}); check the names and the connection"
-            + "".join(f", or {cure}" for cure in cures if cure)
+            f"{subject}: {entry}() of {repo} cannot be run ({kind_and_reason(error)}); "
+            "check the names and the connection" + "".join(f", or {cure}" for cure in cures if cure)
         ) from error
 
 

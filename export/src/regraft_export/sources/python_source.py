@@ -21,8 +21,9 @@ from torch import nn
 
 from regraft.errors import ModelError
 from regraft.preprocessing import Preprocessing
+from regraft.wording import with_article
 from regraft_export.sources.data_config import NAMES, PreprocessingOverrides, from_data_config
-from regraft_export.sources.reasons import reason
+from regraft_export.sources.reasons import kind_and_reason
 from regraft_export.sources.weights import load_weights
 
 _CURE = "return (module, {...}) with " + ", ".join(NAMES)
@@ -104,7 +105,7 @@ def _import(subject: str, target: str) -> ModuleType:
     # The user's own code may raise anything; --traceback shows where.
     except Exception as error:
         raise ModelError(
-            f"{subject}: importing {target} failed ({type(error).__name__}: {reason(error)})"
+            f"{subject}: importing {target} failed ({kind_and_reason(error)})"
         ) from error
     return module
 
@@ -121,9 +122,7 @@ def _call(subject: str, module: ModuleType, function: str) -> Any:
         return build()
     # As above: the user's own code.
     except Exception as error:
-        raise ModelError(
-            f"{subject}: {function}() failed ({type(error).__name__}: {reason(error)})"
-        ) from error
+        raise ModelError(f"{subject}: {function}() failed ({kind_and_reason(error)})") from error
 
 
 @contextlib.contextmanager
@@ -140,4 +139,4 @@ def _on_path(folder: Path) -> Iterator[None]:
 def _kind(result: object) -> str:
     if isinstance(result, tuple):
         return f"a tuple of {', '.join(type(part).__name__ for part in result) or 'nothing'}"
-    return f"a {type(result).__name__}"
+    return with_article(type(result).__name__)

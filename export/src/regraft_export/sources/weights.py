@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import ModelError
-from regraft_export.sources.reasons import reason
+from regraft.wording import with_article
+from regraft_export.sources.reasons import kind_and_reason
 
 _NESTED = ("state_dict", "model", "teacher")
 _PREFIXES = ("module.",)
@@ -38,7 +39,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     while isinstance(content, Mapping) and (inner := _nested(content)) is not None:
         content = inner
     if not isinstance(content, Mapping) or not content:
-        raise ModelError(f"{path}: holds a {type(content).__name__}; expected tensors by name")
+        raise ModelError(
+            f"{path}: holds {with_article(type(content).__name__)}; expected tensors by name"
+        )
     strange = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
     if strange:
         raise ModelError(f"{path}: {_some(strange)} are not tensors; expected a state dict")
@@ -159,8 +162,8 @@ def _read_pickle(path: Path) -> Any:
                 "run; save the state dict alone: torch.save(model.state_dict(), FILE)"
             ) from error
         raise ModelError(
-            f"{path}: is not a checkpoint that torch.load reads ({type(error).__name__}: "
-            f"{reason(error, longest=100)}); expected safetensors or a torch.save file"
+            f"{path}: is not a checkpoint that torch.load reads "
+            f"({kind_and_reason(error, longest=100)}); expected safetensors or a torch.save file"
         ) from error
 
 

@@ -118,6 +118,12 @@ class ShardFolder:
         swap_folders(self.place, self.out)
         self.place = self.out
 
+    def discard(self) -> None:
+        """Removes what was filled, unless it is complete."""
+        if not self.complete:
+            self._empty()
+            self.place.rmdir()
+
     def clean(self) -> None:
         """Removes what killed runs left half-written."""
         for path in self.place.glob(".shard-*"):
@@ -152,12 +158,15 @@ class ShardFolder:
             except InputError:
                 if not force:
                     raise
-                # The record goes after the shards, so that what a kill leaves is still known.
-                for path in sorted(self.place.iterdir(), key=_last):
-                    path.unlink()
+                self._empty()
         self.clean()
         if not (self.place / JOB).is_file():
             self.job.write(self.place, names)
+
+    def _empty(self) -> None:
+        # The record goes after the shards, so that what a kill leaves is still known.
+        for path in sorted(self.place.iterdir(), key=_last):
+            path.unlink()
 
     def _drop_unbegun(self) -> None:
         """Removes what a run leaves that was killed before its record was whole."""

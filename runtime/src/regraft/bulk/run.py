@@ -13,9 +13,11 @@ from regraft.bulk.job import JOB, Job, hash_names, start_of
 from regraft.bulk.work import Opening, Task, Watcher
 from regraft.bundle import Bundle, record
 from regraft.engines import engine_class
+from regraft.errors import InputError
 from regraft.features import available_fields
 from regraft.manifest import NAME
 from regraft.progress import Progress
+from regraft.wording import none_read
 
 _SHARD_BYTES = 1 << 28  # of features: what a kill can lose is less than this per worker
 _LARGEST = 4096  # images in a shard, where features are small
@@ -126,7 +128,8 @@ def extract_folder(
 
     Raises:
         OutputExistsError: there are features of another job, and not ``force``.
-        InputError: the folder cannot be written, or holds something else.
+        InputError: the folder cannot be written, or holds something else, or no image could be
+            read; then nothing is left of this run.
         EngineError: the engine failed.
     """
     outcome = Outcome(shards=job.shards)
@@ -143,6 +146,10 @@ def extract_folder(
                 tasks = [Task.of(job, folder.place, number, names) for number in todo]
                 crew(tasks, _Bar(progress, outcome))
         outcome.failed = list(folder.failures(folder.done()))
+        if len(outcome.failed) == len(names):
+            # Not kept for a later run either, which would take the failures over.
+            folder.discard()
+            raise InputError(f"{out}: there are no features to write; {none_read(len(names))}")
         if not folder.complete:
             folder.publish()
     outcome.images = len(names) - len(outcome.failed)

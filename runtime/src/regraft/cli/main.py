@@ -1,7 +1,8 @@
 """The command ``regraft``: reads the first word, imports that command alone, and runs it.
 
-Exit codes: 0; 1 for bad input or a failed gate, with one line on stderr; 2 for wrong usage; 130
-after Ctrl-C; 129 and 143 after SIGHUP and SIGTERM; 141 if the reader of stdout went away.
+Exit codes: 0; 1 for bad input or a failed gate, with one line on stderr; 2 for wrong usage, whether
+argparse or a command sees it; 130 after Ctrl-C; 129 and 143 after SIGHUP and SIGTERM; 141 if the
+reader of stdout went away.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from typing import NoReturn
 from regraft import __version__
 from regraft.cli.signals import unwinding
 from regraft.cli.table import Command, all_commands, find_command, module_of
-from regraft.errors import RegraftError
+from regraft.errors import RegraftError, UsageError
 
+WRONG_USAGE = 2  # argparse's own
 INTERRUPTED = 128 + signal.SIGINT
 READER_GONE = 141  # 128 + SIGPIPE, which Windows does not have
 
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 traceback.print_exc()
             else:
                 print(f"regraft: {' '.join(str(error).split())}", file=sys.stderr)
-            return 1
+            return WRONG_USAGE if isinstance(error, UsageError) else 1
         except Exception:
             if seen.interrupt:
                 return _interrupted()
@@ -93,7 +95,7 @@ def _dispatch(words: list[str]) -> int:
         # Options alone, nothing at all, or a word that is no command: argparse says it.
         top.parse_args(words)
         top.print_help(sys.stderr)
-        return 2
+        return WRONG_USAGE
     before, after = words[: words.index(command.name)], words[words.index(command.name) + 1 :]
     top.parse_args([*before, command.name])
     module = importlib.import_module(module_of(command))

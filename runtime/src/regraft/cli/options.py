@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +17,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=NAMES,
         default=AUTO,
-        help="what executes the graph; auto takes the fastest that can run here (default: auto)",
+        help="what executes the graph; auto (the default) takes the first that can run here of "
+        "tensorrt (if built), ort-cuda and ort-cpu, never openvino",
     )
     add_precision(parser)
     parser.add_argument(
@@ -73,9 +76,9 @@ def words(text: str) -> tuple[str, ...]:
     return found
 
 
-def integers(least: int) -> Callable[[str], tuple[int, ...]]:
-    """An argument type: integers from ``least``, separated by commas."""
-    one = at_least(least)
+def integers(least: int, most: int | None = None) -> Callable[[str], tuple[int, ...]]:
+    """An argument type: integers from ``least`` to ``most``, separated by commas."""
+    one = at_least(least, most)
 
     def several(text: str) -> tuple[int, ...]:
         return tuple(one(word) for word in words(text))
@@ -85,10 +88,45 @@ def integers(least: int) -> Callable[[str], tuple[int, ...]]:
 
 def duration(text: str) -> float:
     """An argument type: seconds, from 0, finite."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
+    seconds = _float(text)
     if not 0 <= seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0")
     return seconds
+
+
+def number(above: float | None = None, most: float | None = None) -> Callable[[str], float]:
+    """An argument type: a finite number, larger than ``above`` and no larger than ``most``."""
+    bounds = [f"above {above:g}"] if above is not None else []
+    bounds += [f"at most {most:g}"] if most is not None else []
+
+    def one(text: str) -> float:
+        value = _float(text)
+        outside = (above is not None and value <= above) or (most is not None and value > most)
+        if outside or not math.isfinite(value):
+            wanted = f" {', '.join(bounds)}" if bounds else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number{wanted}")
+        return value
+
+    return one
+
+
+def file_name(*suffixes: str) -> Callable[[str], str]:
+    """An argument type: the name of a file to write, which ends in one of the suffixes."""
+
+    def name(text: str) -> str:
+        suffix = Path(text).suffix
+        got = f"ends in {suffix!r}" if suffix else "has no suffix"
+        if text.endswith(os.sep):  # which Path would drop
+            got = f"ends in {os.sep!r}, as a folder does"
+        elif suffix.lower() in suffixes:
+            return text
+        raise argparse.ArgumentTypeError(f"{text}: {got}; expected {' or '.join(suffixes)}")
+
+    return name
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

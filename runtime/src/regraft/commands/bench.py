@@ -22,10 +22,10 @@ from PIL import Image
 from regraft import __version__
 from regraft.bench_plot import Pair, svg
 from regraft.bundle import Bundle
-from regraft.cli.options import add_engine, add_force, at_least, duration, integers
+from regraft.cli.options import add_engine, add_force, at_least, duration, file_name, integers
 from regraft.engines import Engine, EngineOptions
 from regraft.engines.cores import processor
-from regraft.errors import GateError, InputError
+from regraft.errors import GateError, ImageError
 from regraft.extractor import Extractor
 from regraft.features import Features
 from regraft.files import check_output, whole_file
@@ -33,6 +33,7 @@ from regraft.images import decode, list_images
 from regraft.preprocessing import Preprocessing
 from regraft.timing import Ratio, race
 from regraft.verification import Engines
+from regraft.wording import unread
 
 _TOLERANCE = 1e-5  # relative to the largest value; the same graph on the same pixels
 _SMOOTH = 12  # cells per side of the random pictures' colour fields
@@ -61,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=at_least(2), default=10, metavar="N", help="at least so many (default: 10)"
     )
     add_engine(parser)
-    parser.add_argument("--plot", metavar="FILE.svg", help="draw the figures, too")
+    parser.add_argument(
+        "--plot", type=file_name(".svg"), metavar="FILE.svg", help="draw the figures, too"
+    )
     add_force(parser)
     parser.add_argument("--json", action="store_true", help="print the figures for machines")
 
@@ -84,8 +87,6 @@ class Row:
 def run(args: argparse.Namespace) -> int:
     """Measures, and prints a table."""
     if args.plot is not None:
-        if Path(args.plot).suffix != ".svg":
-            raise InputError(f"{args.plot}: ends in {Path(args.plot).suffix!r}; expected .svg")
         check_output(args.plot, args.force)
     bundle = Bundle.open(args.bundle)
     options = EngineOptions(threads=args.threads, precision=args.precision)
@@ -211,8 +212,20 @@ def _pictures(
         ]
     else:
         files: list[Path] = list_images(paths)
-        images = [decode(file) for file in files[:count]]
+        images = _decoded(files[:count])
     return np.stack([preprocessing(images[i % len(images)]) for i in range(count)])
+
+
+def _decoded(files: Sequence[Path]) -> list[Any]:
+    images, failed = [], []
+    for file in files:
+        try:
+            images.append(decode(file))
+        except ImageError as error:
+            failed.append(str(error))
+    if failed:
+        raise ImageError(unread(failed, len(files)))
+    return images
 
 
 def _random_picture(size: tuple[int, int], seed: int) -> Image.Image:

@@ -26,18 +26,19 @@ from regraft.bulk.processes import ProcessCrew
 from regraft.bulk.run import Crew, choose_shard_size, extract_folder, job_of
 from regraft.bulk.work import Opening, Task, Watcher, compute
 from regraft.bundle import Bundle
-from regraft.cli.options import add_engine, add_force, at_least, thread_count, words
+from regraft.cli.options import add_engine, add_force, at_least, file_name, thread_count, words
 from regraft.engines.cores import usable_cores
-from regraft.errors import InputError
+from regraft.errors import InputError, UsageError
 from regraft.extractor import BATCH_SIZE
-from regraft.feature_files import DTYPES, check_suffix, feature_file
-from regraft.features import available_fields
+from regraft.feature_files import DTYPES, SUFFIXES, check_suffix, feature_file
+from regraft.features import SOURCES, available_fields
 from regraft.files import check_output
 from regraft.images import list_images
 from regraft.parquet_files import require_pyarrow
 from regraft.pipeline import default_workers
 from regraft.progress import Progress
 from regraft.rows import rows_of, shapes_of
+from regraft.wording import counted, some_unread
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,12 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         required=True,
+        type=_out,
         metavar="OUT",
         help="what to write: a file (.npz, .parquet), or a folder (a name without a suffix)",
     )
     parser.add_argument(
         "--outputs",
-        type=words,
+        type=_fields,
         metavar="NAMES",
         help="which features, such as cls,patches,pooled (default: all that the bundle gives)",
     )
@@ -138,9 +140,10 @@ class Summary:
         """The summary in words."""
         shapes = ", ".join(f"{n} {tuple(shape)}" for n, shape in self.arrays.items())
         others = f" ({len(self.failed)} could not be read)" if self.failed else ""
-        yield f"{self.out}: {self.images} images{others}, {self.dtype}: {shapes}"
+        yield f"{self.out}: {counted(self.images, 'image')}{others}, {self.dtype}: {shapes}"
         if self.shards is not None:
-            yield f"{self.shards['all']} shards, {self.shards['resumed']} of them there before"
+            shards = counted(self.shards["all"], "shard")
+            yield f"{shards}, {self.shards['resumed']} of them there before"
         if self.computed:
             yield f"{self.engine}: {self.seconds:.1f} s, {self._rate():.1f} images per second"
 
@@ -166,10 +169,32 @@ def run(args: argparse.Namespace) -> int:
     if summary.failed and args.strict:
         others = "the others" if args.out.endswith(".npz") else "their errors"
         raise InputError(
-            f"{len(summary.failed)} of {len(paths)} images could not be read (named above); "
+            f"{some_unread(len(summary.failed), len(paths))}; "
             f"{args.out} holds {others}; without --strict this is no error"
         )
     return 0
+
+
+def _out(text: str) -> str:
+    """An argument type: the name of a file or a folder."""
+    if not _is_folder(text):
+        return file_name(*SUFFIXES)(text)
+    if Path(text).suffix.lower() in SUFFIXES:
+        raise argparse.ArgumentTypeError(
+            f"{text}: ends as a file does, and in {os.sep!r} as a folder does; expected one of both"
+        )
+    return text
+
+
+def _fields(text: str) -> tuple[str, ...]:
+    """An argument type: fields of the features."""
+    chosen = words(text)
+    for name in chosen:
+        if name not in SOURCES:
+            raise argparse.ArgumentTypeError(
+                f"there is no output {name!r}; expected {', '.join(SOURCES)}"
+            )
+    return chosen
 
 
 def _is_folder(out: str) -> bool:
@@ -183,7 +208,7 @@ def _refuse_folder_options(args: argparse.Namespace) -> None:
         ("--shard-size", args.shard_size is not None),
     ):
         if given:
-            raise InputError(
+            raise UsageError(
                 f"{option} needs a folder to write to, and --out {args.out} is a file; give a "
                 "name without a suffix"
             )

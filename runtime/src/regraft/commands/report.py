@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.bundle import Bundle
-from regraft.cli.options import add_force, at_least, thread_count
+from regraft.cli.options import add_force, at_least, file_name, thread_count
 from regraft.errors import ImageError, InputError
 from regraft.files import check_output, whole_file
 from regraft.images import list_images
 from regraft.progress import Progress
+from regraft.wording import some_unread
 
 if TYPE_CHECKING:
     from regraft.report.measure import Measurement, Source
@@ -32,7 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("bundle", metavar="BUNDLE", help="folder that `regraft export` wrote")
     parser.add_argument("--images", required=True, nargs="+", metavar="DIR", help="any images")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the HTML file to write")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=file_name(".html"),
+        metavar="FILE.html",
+        help="the file to write",
+    )
     parser.add_argument(
         "--max-images",
         type=at_least(1),
@@ -96,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"written: {args.out}, {Path(args.out).stat().st_size / 1e6:.1f} MB")
     if failed and args.strict:
         raise InputError(
-            f"{len(failed)} of {len(chosen)} images could not be read (named above); {args.out} "
+            f"{some_unread(len(failed), len(chosen))}; {args.out} "
             "shows the others; without --strict this is no error"
         )
     return 0

@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 
 from regraft.cli.options import add_engine, at_least, duration, thread_count
-from regraft.errors import InputError, how_to_install
+from regraft.errors import InputError, UsageError, how_to_install
 from regraft.serve.settings import MIB, Batching, EngineChoice, Limits, Settings
 
 KEY_VARIABLE = "REGRAFT_SERVE_KEY"
@@ -147,11 +147,11 @@ def run(args: argparse.Namespace) -> int:
     if args.grpc_port is not None:
         _expect_grpc()
     if args.max_queue < args.max_batch:
-        raise InputError(
+        raise UsageError(
             f"--max-queue is {args.max_queue}; expected at least --max-batch, {args.max_batch}"
         )
     if (args.preferred_batch or 1) > args.max_batch:
-        raise InputError(
+        raise UsageError(
             f"--preferred-batch is {args.preferred_batch}; expected at most --max-batch, "
             f"{args.max_batch}"
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from regraft.bundle import Bundle
 from regraft.cli.options import add_force, at_least
-from regraft.errors import InputError
+from regraft.errors import UsageError
 from regraft.triton.config import Serving
 from regraft.triton.repository import write_repository
 
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes the repository and says what is in it."""
     if args.plan is not None and args.device == "cpu":
-        raise InputError("--plan needs a GPU, and --device is cpu; leave --device out")
+        raise UsageError("--plan needs a GPU, and --device is cpu; leave --device out")
     bundle = Bundle.open(args.bundle)
     serving = Serving(
         name=args.name or bundle.path.resolve().name,

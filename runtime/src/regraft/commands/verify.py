@@ -24,13 +24,14 @@ from regraft import side_by_side
 from regraft.bundle import Bundle
 from regraft.cli.options import add_engine, at_least
 from regraft.engines import EngineOptions
-from regraft.errors import InputError, how_to_install
+from regraft.errors import InputError, UsageError, how_to_install
 from regraft.images import list_images
 from regraft.manifest import CUDA_GRAPHS
 from regraft.pipeline import Failure, batches
 from regraft.progress import Progress
 from regraft.side_by_side import Agreement, AgreementMeter, Side, expect_one_model
 from regraft.verification import Engines, Reference, UnoptimisedGraph, Verification, verify
+from regraft.wording import counted, none_read, some_unread
 
 REFERENCES = "regraft.references"  # entry points: how a MODEL becomes a Reference
 
@@ -79,15 +80,17 @@ def run(args: argparse.Namespace) -> int:
         sides, agreement = _side_by_side(bundle, other, args, images)
         said = {**sides[0].to_json(), **side_by_side.to_json(sides[1], agreement)}
         verified = [side.found for side in sides]
-        words = chain(*map(lines, verified), side_by_side.lines(sides, agreement))
+        blocks = [
+            lines(side.found, f"{path}, variant {side.manifest.variant}")
+            for side, path in zip(sides, (bundle.path, other.path), strict=True)
+        ]
+        words = chain(*blocks, side_by_side.lines(sides, agreement))
     print(json.dumps(said, allow_nan=False) if args.json else "\n".join(words))
     sys.stdout.flush()
     for one in verified:
         one.gate()
     if images.failed and args.strict:
-        raise InputError(
-            f"{len(images.failed)} of {len(paths)} images could not be read (named above)"
-        )
+        raise InputError(some_unread(len(images.failed), len(paths)))
     return 0
 
 
@@ -128,7 +131,7 @@ def _verified(
             **more,
         )
     if not found.images:
-        raise InputError(f"none of the {len(images.paths)} images could be read (named above)")
+        raise InputError(none_read(len(images.paths)))
     return found
 
 
@@ -152,12 +155,13 @@ def open_reference(bundle: Bundle, args: argparse.Namespace) -> Any:
     """A context manager of what the engine is compared with.
 
     Raises:
-        InputError: ``--weights`` without ``--model``, ``--model`` without regraft-export, or a
-            bundle whose graph cannot be its own reference.
+        UsageError: ``--weights`` without ``--model``.
+        InputError: ``--model`` without regraft-export, or a bundle whose graph cannot be its own
+            reference.
     """
     if args.model is None:
         if args.weights is not None:
-            raise InputError("--weights is given without --model; give both or neither")
+            raise UsageError("--weights is given without --model; give both or neither")
         if bundle.manifest.precision == "bf16":
             raise InputError(
                 f"{bundle.path}: is a bf16 bundle, which ort-cpu, the reference without PyTorch, "
@@ -173,12 +177,17 @@ def open_reference(bundle: Bundle, args: argparse.Namespace) -> Any:
     return reference
 
 
-def lines(found: Verification) -> Iterator[str]:
-    """A verification in words, a table and a few sentences."""
+def lines(found: Verification, of: str = "") -> Iterator[str]:
+    """A verification in words, a table and a few sentences.
+
+    Args:
+        found: what was found.
+        of: of which bundle, where there are several.
+    """
     verdict = "passed" if found.passed else "FAILED"
     yield (
-        f"parity of {found.engine} ({found.precision}) with {found.reference}, "
-        f"{found.images} images: {verdict}"
+        f"{of and f'{of}: '}parity of {found.engine} ({found.precision}) with {found.reference}, "
+        f"{counted(found.images, 'image')}: {verdict}"
     )
     cosines = f"{'token cosine':>14}{'worst token':>13}{'image':>10}"
     yield f"  {'graph':<16}{'output':<22}{'relative error':>15}{cosines}"
@@ -196,7 +205,8 @@ def lines(found: Verification) -> Iterator[str]:
     for title, prefix in others.items():
         if rows := [c for c in found.parity if c.graph.startswith(prefix)]:
             largest = max(c.relative_error for c in rows)
-            yield f"  {title}: {len(rows)} outputs compared, largest relative error {largest:.1e}"
+            outputs = counted(len(rows), "output")
+            yield f"  {title}: {outputs} compared, largest relative error {largest:.1e}"
     effect = found.effect
     if effect is None:
         bf16 = ", or they are bf16, which ort-cpu cannot run" if found.precision == "bf16" else ""

@@ -22,6 +22,7 @@ from regraft.images import ImageSource, decode
 from regraft.manifest import Manifest
 from regraft.preprocessing import Preprocessing
 from regraft.verification import Engines
+from regraft.wording import none_read
 
 ENGINE = "ort-cpu"
 # Of the longer edge, in pixels: 16 pictures of noise are then 6 MB of PNG, photos much less.
@@ -164,7 +165,7 @@ def measure(
             if on_batch:
                 on_batch(len(names))
     if not samples:
-        raise InputError(f"none of the {len(sources)} images could be read (named above)")
+        raise InputError(none_read(len(sources)))
     return Measurement(
         manifest, tuple(samples), _joined(before), _joined(after), total.result(), engine
     )

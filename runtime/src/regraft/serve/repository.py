@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft import manifest as manifests
-from regraft.errors import InputError, RegraftError
+from regraft.errors import InputError, RegraftError, UsageError
 from regraft.serve.checks import clip
 from regraft.serve.model import Model
 from regraft.serve.refusals import Kind, Refusal, invalid, unavailable
@@ -88,7 +88,7 @@ class Repository:
             self._entries.setdefault(name, Entry([])).folders.append(path)
         for name in self._entries:
             if name + SUFFIX in self._entries:
-                raise InputError(
+                raise UsageError(
                     f"the names {name} and {name + SUFFIX} collide: {name} is served as both; "
                     "give another one, NAME=BUNDLE"
                 )
@@ -233,7 +233,7 @@ def _split(argument: str) -> tuple[str, Path]:
     if not equals or "/" in name:
         name, folder = Path(argument).resolve().name, argument
     if not _NAME.fullmatch(name):
-        raise InputError(
+        raise UsageError(
             f"{argument}: {name!r} cannot name a model; expected letters, digits, _ . -, as in "
             "NAME=BUNDLE"
         )

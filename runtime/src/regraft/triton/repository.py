@@ -9,7 +9,7 @@ from pathlib import Path
 
 from regraft import __version__
 from regraft.bundle import WEIGHTS, Bundle, record
-from regraft.errors import InputError
+from regraft.errors import InputError, UsageError
 from regraft.files import whole_folder
 from regraft.manifest import NAME as MANIFEST
 from regraft.triton import config, preprocess_model
@@ -72,7 +72,7 @@ def write_repository(
 
 def _check(bundle: Bundle, serving: Serving, plan: Path | None) -> None:
     if not _NAME.fullmatch(serving.name):
-        raise InputError(
+        raise UsageError(
             f"--name is {serving.name!r}; expected letters, digits, '_', '-' and '.', the first "
             "one a letter or digit"
         )

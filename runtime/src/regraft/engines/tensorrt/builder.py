@@ -14,7 +14,7 @@ from typing import Any
 from regraft.engines.base import BuildProgress
 from regraft.engines.tensorrt.inspect import Network, look_at_network
 from regraft.engines.tensorrt.listeners import DONE, failure, logger, monitor
-from regraft.errors import EngineError, InputError
+from regraft.errors import EngineError, UsageError
 from regraft.manifest import INPUT
 
 LEVELS = range(6)
@@ -43,14 +43,14 @@ class BuilderOptions:
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch:
-            raise InputError(
+            raise UsageError(
                 f"tensorrt: the batches are min {self.min_batch}, opt {self.opt_batch}, "
                 f"max {self.max_batch}; expected 1 <= min <= opt <= max"
             )
         if self.level not in LEVELS:
-            raise InputError(f"tensorrt: level is {self.level}; expected 0 to {LEVELS[-1]}")
+            raise UsageError(f"tensorrt: level is {self.level}; expected 0 to {LEVELS[-1]}")
         if self.workspace_mib < 0:
-            raise InputError(f"tensorrt: workspace-mib is {self.workspace_mib}; expected 0 or more")
+            raise UsageError(f"tensorrt: workspace-mib is {self.workspace_mib}; expected 0 or more")
 
 
 @dataclass(frozen=True)

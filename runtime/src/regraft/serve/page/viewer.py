@@ -25,6 +25,7 @@ from regraft.serve.refusals import Kind, Refusal, unavailable
 from regraft.serve.settings import Settings
 from regraft.timing import Times, race
 from regraft.verification import Engines
+from regraft.wording import counted
 
 _MOST = 4  # images that are looked at or wait for it
 _IDLE = 120.0  # seconds until the graphs are closed
@@ -99,7 +100,7 @@ class Viewer:
                 rounds=_ROUNDS,
                 warm_up=1,
             )
-            return times, f"{patched.name}, {patched.details()['threads']} threads"
+            return times, f"{patched.name}, {counted(int(patched.details()['threads']), 'thread')}"
 
         return await self._run(job)
 
