@@ -145,7 +145,7 @@ def test_batches_out_of_order_are_refused(compiler: Compiler, graph: Graph) -> N
     file = str(graph("timm_clip", None))
     answer = compiler("build", graph=file, min_batch=4, opt_batch=4, max_batch=2)
     assert answer == {
-        "error": "InputError",
+        "error": "UsageError",
         "message": "tensorrt: the batches are min 4, opt 4, max 2; expected 1 <= min <= opt <= max",
     }
     # TensorRT logs what it refuses and goes on; that must not be overlooked either.

@@ -246,8 +246,8 @@ def _summary(out: str, manifest: Manifest, verification: Verification) -> Iterat
         yield (
             f"constants: from layer {made.first_layer} on, mean of "
             f"{counted(made.images, 'image')}; error to the variant token "
-            f"{made.errors[made.first_layer]:.2g}, without constants {made.errors[none]:.2g} "
-            f"(on {counted(made.measured_images, 'image')})"
+            f"{made.errors[made.first_layer]:.2g}, without constants "
+            f"{made.errors[none]:.2g} (on {counted(made.measured_images, 'image')})"
         )
     yield from lines(verification)
     if manifest.cuda_missing:

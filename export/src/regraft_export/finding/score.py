@@ -136,7 +136,7 @@ def score_neurons(
     if sums.outliers == 0:
         raise ModelError(
             f"no outlier tokens: no patch norm above {detection.threshold:.4g} at layer "
-            f"{detection.layer} in {counted(sums.images, 'image')} used for scoring"
+            f"{detection.layer} in the {counted(sums.images, 'image')} used for scoring"
         )
     return _means(sums, kind)
 
