@@ -103,9 +103,11 @@ def test_what_is_said_beside_the_neurons_is_kept(tmp_path: Path) -> None:
     [
         ({"threshold": "high"}, "threshold is 'high'; expected a finite number above 0, as"),
         ({"threshold": 0}, "threshold is 0; expected a finite number above 0"),
-        ({"threshold": None}, "threshold is None; expected a finite number above 0"),
+        (
+            {"threshold": 10**400},
+            "threshold is 1000000000000000000000000000000000000000000000000000",
+        ),
         ({"threshold": float("inf")}, "threshold is inf; expected a finite number above 0"),
-        ({"threshold": "left out"}, "has detection_layer alone; expected detection_layer and"),
         ({"detection_layer": -1}, "detection_layer is -1; expected an integer from 0"),
         ({"detection_layer": True}, "detection_layer is True; expected an integer from 0"),
         ({"image_size": [8]}, "image_size is [8]; expected [height, width]"),
@@ -141,6 +143,12 @@ def test_what_is_malformed_beside_the_neurons_is_named(
     with pytest.raises(NeuronsError) as caught:
         Neurons.load(file)
     assert str(caught.value).startswith(f"{file}: {message}")
+
+
+@pytest.mark.parametrize("key", sorted(set(ABOUT) - {"of later versions"}))
+def test_null_and_half_of_a_level_are_as_if_left_out(tmp_path: Path, key: str) -> None:
+    assert Neurons.load(written(tmp_path / "n.json", **{key: None})).about[key] is None
+    assert key not in Neurons.load(written(tmp_path / "n.json", **{key: "left out"})).about
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

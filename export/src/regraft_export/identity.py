@@ -52,7 +52,7 @@ def check_identity(
         else _fingerprints_match(neurons, vit)
     )
     size = list(loaded.preprocessing.image_size)
-    if about.get("image_size", size) != size:
+    if (about.get("image_size") or size) != size:
         # The position embedding is resampled at load, so the weights' hash differs by itself; the
         # neurons live in the down-projections, which do not.
         objections.append(

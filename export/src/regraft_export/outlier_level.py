@@ -39,7 +39,7 @@ def recorded_level(neurons: Neurons, depth: int) -> OutlierLevel | None:
         NeuronsError: the detection layer is outside the model.
     """
     about = neurons.about
-    if "threshold" not in about or "detection_layer" not in about:
+    if about.get("threshold") is None or about.get("detection_layer") is None:
         return None
     layer = about["detection_layer"]
     if layer >= depth:

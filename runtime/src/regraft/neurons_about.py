@@ -1,7 +1,7 @@
 """What ``neurons.json`` says beside the list of neurons, checked when it is read.
 
-Every field may be missing, as in lists made by hand. One that is there and malformed is an error
-that names the file, the key, what came and what was expected; whoever reads it later may trust it.
+Every field may be missing or null, as in lists made by hand. One that is there and malformed is an
+error that names the file, the key, what came and what was expected.
 """
 
 from __future__ import annotations
@@ -29,14 +29,9 @@ def check_about(about: Mapping[str, Any], origin: str) -> None:
         NeuronsError: a field is malformed.
     """
     for key, (fits, expected) in _FIELDS.items():
-        if key in about:
+        if about.get(key) is not None:
             _expect(origin, key, about[key], fits, expected)
-    level = [key for key in ("detection_layer", "threshold") if key in about]
-    if len(level) == 1:
-        raise NeuronsError(
-            f"{origin}: has {level[0]} alone; expected detection_layer and threshold"
-        )
-    for layer, print_ in about.get("fingerprints", {}).items():
+    for layer, print_ in (about.get("fingerprints") or {}).items():
         _check_fingerprint(origin, f"fingerprints[{layer!r}]", print_)
     preprocessing_of(about, origin)
 
@@ -47,13 +42,13 @@ def preprocessing_of(about: Mapping[str, Any], origin: str) -> Preprocessing | N
     Raises:
         NeuronsError: it is malformed.
     """
-    if "preprocessing" not in about:
+    if about.get("preprocessing") is None:
         return None
     try:
         return Preprocessing.from_json(about["preprocessing"])
     except KeyError as error:
         reason = f"lacks {error}"
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         reason = f"is malformed: {error}"
     raise NeuronsError(f"{origin}: preprocessing {reason}; expected what `regraft find` wrote")
 
@@ -93,7 +88,10 @@ def _is_object(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _is_norm(value: Any) -> bool:

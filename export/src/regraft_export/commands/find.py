@@ -246,7 +246,7 @@ def _of_file(args: argparse.Namespace) -> _Opened:
 
 def _device_name(text: str) -> str:
     """An argument type: a device as torch names it."""
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", text):
+    if not re.fullmatch(r"(cpu|cuda)(:\d{1,3})?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no device; expected cpu, cuda or cuda:N")
     return text
 

@@ -58,7 +58,7 @@ def difference(
         return float("inf")
     got = fingerprint(weight, bias)
     parts = [(expected, got)]
-    if expected["bias"] is not None and got["bias"] is not None:
+    if expected.get("bias") is not None and got["bias"] is not None:
         parts.append((expected["bias"], got["bias"]))
     worst = max(_relative(a, b) for a, b in parts)
     return worst if np.isfinite(worst) else float("inf")
