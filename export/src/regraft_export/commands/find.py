@@ -271,7 +271,7 @@ def _device(name: str) -> Any:
 def _figures(args: argparse.Namespace, found: Found) -> dict[str, Any]:
     about = found.neurons.about
     return {
-        "out": str(args.out),
+        "out": args.out,
         "neurons": [[n.layer, n.index] for n in found.neurons.neurons],
         "layers": list(found.neurons.layers),
         "detection_layer": about["detection_layer"],
