@@ -282,16 +282,22 @@ def test_onnxruntime_takes_the_library(tmp_path: Path) -> None:
             f"""<ir_version: 10, opset_import: ["" : 20, "regraft" : 1]>
             g ({kind}[b, 5, 16] h, {kind}[b, 5, 4] r, int64[2] n, {kind}[2] s, {kind}[2, 4] d,
                {kind}[4] row, {kind}[16] c, {kind}[16, 4] w)
-            => ({kind}[b, 5, 4] y, {kind}[b, 5, 8] z, {kind}[b, 5, 4] v) {{
+            => ({kind}[b, 5, 4] y, {kind}[b, 5, 8] z, {kind}[b, 5, 16] o, {kind}[b, 5, 4] v) {{
               t = regraft.AddRedirected_{numbers} (h, r, n, s, d)
               y = regraft.AddRow_{numbers} (t, row)
               z = regraft.BiasedSwiGlu_{numbers} (h, c)
               g = regraft.BiasedGelu_{numbers} (h, c)
-              p, q = regraft.ProductRedirected_{numbers} (g, w, r, n, s, d)
-              i, j = regraft.ProductRow_{numbers} (g, w, q, row)
+              q = regraft.BiasedQuickGelu_{numbers} (h, c)
+              g1, r1 = regraft.BiasedGeluRedirected_{numbers} (h, c, r, n, s, d)
+              g2, r2 = regraft.BiasedQuickGeluRedirected_{numbers} (h, c, r, n, s, d)
+              g3, r3 = regraft.BiasedSwiGluRedirected_{numbers} (h, c, r, n, s, d)
+              g4, r4 = regraft.BiasedGeluRow_{numbers} (h, c, r, row)
+              g5, r5 = regraft.BiasedQuickGeluRow_{numbers} (h, c, r, row)
+              g6, r6 = regraft.BiasedSwiGluRow_{numbers} (h, c, r, row)
+              o = Sum (q, g1, g2, g4, g5)
               k = regraft.Product_{numbers} (g, w) l = regraft.BiasedProduct_{numbers} (g, w, row)
               a, e, f = regraft.ThreeProducts1Biased_{numbers} (g, w, w, w, row)
-              v = Sum (p, i, j, k, l, a, e, f) }}"""
+              v = Sum (r1, r2, r3, r4, r5, r6, k, l, a, e, f) }}"""
         )
         settings = onnxruntime.SessionOptions()
         settings.register_custom_ops_library(str(folder / LIBRARY))

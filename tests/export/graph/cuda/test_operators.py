@@ -35,11 +35,11 @@ def own(fused: Fused) -> Counter[str]:
 
 
 def written(found: Counter[str]) -> Counter[str]:
-    """Rows that are written, beside a product or alone."""
+    """Rows that are written, by an activation or alone."""
     kinds: Counter[str] = Counter()
     for name, count in found.items():
         for kind in ("Redirected", "Row"):
-            kinds[kind] += count * (f"Product{kind}_" in name or f"Add{kind}_" in name)
+            kinds[kind] += count * (f"{kind}_" in name)
     return +kinds
 
 
@@ -65,8 +65,12 @@ def test_every_family_equals_the_portable_graph(traced: Trace, family: str, valu
     assert written(found) == {"Redirected" if value == "per-neuron" else "Row": 2}
     assert fused.fusions.redirects == 2
     assert fused.fusions.operators == found.total()
-    assert found["BiasedSwiGlu_fp32"] == (3 if "swiglu" in family else 0)
+    assert not {"AddRedirected_fp32", "AddRow_fp32"} & set(found)  # each goes along
     depth = models.vit(family).layout.depth
+    activation = {"swiglu": "SwiGlu", "hf_clip": "QuickGelu"}
+    name = next((name for part, name in activation.items() if part in family), "Gelu")
+    activations = sum(count for op, count in found.items() if op.startswith(f"Biased{name}"))
+    assert activations == depth + ("siglip" in family)  # its pooling has an MLP, too
     # Queries, keys and values.
     assert sum(found[f"ThreeProducts{biased}Biased_fp32"] for biased in range(4)) == depth
     # Their projection, and the two of the MLP.
@@ -80,7 +84,7 @@ def test_signs_of_both_kinds_go_into_the_operator(traced: Trace) -> None:
         RegisterNeuron(n.layer, n.index, n.score, (-1) ** i, n.value) for i, n in enumerate(some)
     ]
     fused = expect_equal(traced("timm"), "timm", Patch(Neurons(tuple(mixed)), RedirectOptions()))
-    assert own(fused)["ProductRedirected_fp32"] == 2
+    assert own(fused)["BiasedGeluRedirected_fp32"] == 2
     assert not {"Gather", "TopK"} & {
         n.op_type for n in fused.proto.graph.node if n.name.startswith("regraft.redirect")
     }
@@ -106,12 +110,12 @@ def test_other_redirects_keep_their_nodes(traced: Trace, options: RedirectOption
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_has_operators_of_its_own(traced: Trace, precision: str) -> None:
     neurons = models.neurons(models.vit("timm_swiglu"))
-    for value, name in (("per-neuron", "ProductRedirected"), ("constant", "ProductRow")):
+    for value, name in (("per-neuron", "SwiGluRedirected"), ("constant", "SwiGluRow")):
         patch = Patch(neurons, RedirectOptions(value))
         prepared = prepare(traced("timm_swiglu", precision))
         fused = fuse(prepared, patch, Wanted(), Choices(operators=True))
         found = own(fused)
-        assert (found[f"{name}_{precision}"], found[f"BiasedSwiGlu_{precision}"]) == (2, 3)
+        assert (found[f"Biased{name}_{precision}"], found[f"BiasedSwiGlu_{precision}"]) == (2, 1)
         assert all(op.endswith(precision) for op in found)
 
 

@@ -1,4 +1,4 @@
-"""Products, GELUs and rows by regraft's own operators: where they fit, and where they do not."""
+"""Products and GELUs by regraft's own operators: where they fit, and where they do not."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tests.export.graph.cuda.test_rewrites import D, T, model, ops, run
 
 from regraft_export.graph.cuda.fuse_bias_gelu import fuse_bias_gelu
 from regraft_export.graph.cuda.join_products import join_products
-from regraft_export.graph.cuda.join_writes import join_writes
 from regraft_export.graph.cuda.product_operator import gelus_by_operator, products_by_operator
+from regraft_export.graph.cuda.quick_gelu_operator import quick_gelus_by_operator
 
 Dims = tuple[object, ...]
 TOKENS: dict[str, Dims] = {"x": ("b", T, D)}
@@ -102,52 +102,56 @@ def test_other_gelus_are_left(width: int, tokens: object) -> None:
     assert gelus_by_operator(biased_gelu(width), {"h": ("b", tokens, width)}) == 0
 
 
-REDIRECTED = """h = MatMul(r, w) g = Neg(h)
-s = regraft.AddRedirected_fp32(h, x, columns, signs, rows)
-o = regraft.Product_fp32(h, wide) y = Add(o, s)"""
-ROW = """h = MatMul(r, w) s = regraft.AddRow_fp32(x, row)
-o = regraft.Product_fp32(h, wide) y = Add(s, o)"""
-INPUTS = f"float[b, {T}, {D}] x, float[b, {T}, {D}] r"
-WEIGHTS = {
+QUICK = """h = MatMul(x, w) s = Add(h, c) m = Mul(s, factor) o = Sigmoid(m) g = Mul(s, o)
+y = MatMul(g, v)"""
+CLIPS: dict[str, object] = {
     "w": (D, 2 * D),
-    "wide": (2 * D, D),
-    "columns": np.array([3, 5]),
-    "signs": np.array([1, -1], np.float32),
-    "rows": (2, D),
-    "row": (D,),
+    "c": (2 * D,),
+    "factor": np.array(1.702, np.float32),
+    "v": (2 * D, D),
+    "one": (1, 2 * D),
 }
+HIDDEN: dict[str, Dims] = {"s": ("b", T, 2 * D)}
+
+
+@pytest.mark.parametrize("nodes", [QUICK, QUICK.replace("g = Mul(s, o)", "g = Mul(o, s)")])
+def test_clips_gelu_is_one_node(nodes: str) -> None:
+    before, graph = run(model(nodes, **CLIPS)), model(nodes, **CLIPS)
+    assert quick_gelus_by_operator(graph, HIDDEN) == 1
+    graph.cleanup()
+    assert ops(graph) == {"MatMul": 2, "BiasedQuickGelu_fp32": 1}
+    (node,) = [n for n in graph.nodes if n.op == "BiasedQuickGelu_fp32"]
+    assert node.outputs[0].shape == ["batch", T, 2 * D]
+    np.testing.assert_allclose(spelled(graph), before, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("nodes", "name"), [(REDIRECTED, "ProductRedirected_fp32"), (ROW, "ProductRow_fp32")]
-)
-def test_a_row_is_written_beside_the_product(nodes: str, name: str) -> None:
-    before = spelled(model(nodes, x=INPUTS, **WEIGHTS), "xr")
-    graph = model(nodes, x=INPUTS, **WEIGHTS)
-    assert join_writes(graph) == 1
-    assert ops(graph) == {"MatMul": 1, name: 1, "Add": 1}
-    np.testing.assert_allclose(spelled(graph, "xr"), before, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "nodes",
+    ("change", "factor", "tokens"),
     [
-        REDIRECTED.replace("regraft.Product_fp32(h", "MatMul(h"),
-        REDIRECTED.replace("y = Add(o, s)", "n = Neg(o) y = Add(n, s)"),
-        REDIRECTED.replace("Product_fp32(h", "Product_fp32(g"),
-        """h = MatMul(r, w) o = regraft.Product_fp32(h, wide) z = Neg(o)
-        s = regraft.AddRedirected_fp32(h, z, columns, signs, rows) y = Add(o, s)""",
-        """s = regraft.AddRow_fp32(x, row) h = MatMul(s, w) o = regraft.Product_fp32(h, wide)
-        y = Add(o, s)""",
-        ROW.replace("Add(s, o)", "Mul(s, o)"),
+        (("y", "y"), 1.0, T),
+        (("y", "y"), 1.71, T),
+        (("factor)", "one)"), 1.702, T),
+        (("Mul(s, factor)", "Mul(factor, factor)"), 1.702, T),
+        (("g = Mul(s, o)", "g = Mul(h, o)"), 1.702, T),
+        (("y = MatMul(g, v)", "k = Add(g, s) y = MatMul(k, v)"), 1.702, T),
+        (("y = MatMul(g, v)", "k = Add(g, o) y = MatMul(k, v)"), 1.702, T),
+        (("y = MatMul(g, v)", "k = Add(g, h) y = MatMul(k, v)"), 1.702, T),
+        (("Sigmoid", "Tanh"), 1.702, T),
+        (("s = Add(h, c)", "s = Neg(h)"), 1.702, T),
+        (("y", "y"), 1.702, "t"),
     ],
     ids=[
-        *("no operator", "not added", "other hidden units", "the residual needs the product"),
-        *("the product needs the sum", "multiplied"),
+        *("SiLU", "another factor", "factors of columns", "not of h", "not of the sum"),
+        *("h is read elsewhere", "the gate, too", "the product, too", "no sigmoid", "no bias"),
+        "free tokens",
     ],
 )
-def test_other_rows_are_written_alone(nodes: str) -> None:
-    assert join_writes(model(nodes, x=INPUTS, **WEIGHTS)) == 0
+def test_other_gates_keep_their_nodes(
+    change: tuple[str, str], factor: float, tokens: object
+) -> None:
+    weights = {**CLIPS, "factor": np.array(factor, np.float32)}
+    graph = model(QUICK.replace(*change), **weights)
+    assert quick_gelus_by_operator(graph, {"s": ("b", tokens, 2 * D)}) == 0
 
 
 THREE = """q = regraft.BiasedProduct_fp32(x, w, c) k = regraft.Product_fp32(x, u)

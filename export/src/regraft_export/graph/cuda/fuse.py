@@ -37,6 +37,7 @@ from regraft_export.graph.cuda.move_value_bias import move_value_bias
 from regraft_export.graph.cuda.patch_matmul import patch_matmul
 from regraft_export.graph.cuda.place_register_row import place_register_row
 from regraft_export.graph.cuda.product_operator import gelus_by_operator, products_by_operator
+from regraft_export.graph.cuda.quick_gelu_operator import quick_gelus_by_operator
 from regraft_export.graph.cuda.redirect_operator import DOMAIN as OWN_DOMAIN
 from regraft_export.graph.cuda.redirect_operator import redirect_by_operator
 from regraft_export.graph.cuda.widen_hidden import widen_hidden
@@ -187,6 +188,8 @@ def fuse_built(
     graph.cleanup()  # what the rewrites above left unread must not count as a reader
     norms = fuse_skip_norm(graph, shapes)
     if choices.operators:
+        quick_gelus_by_operator(graph, shapes)
+        graph.cleanup()  # a bias that went along is not the product's any more
         products_by_operator(graph, shapes)
         gelus_by_operator(graph, shapes)
         join_writes(graph)

@@ -1,11 +1,13 @@
-"""Rewrite: a register's row is written while the down-projection is computed.
+"""Rewrite: a register's row is written by some blocks of the MLP's activation.
 
-Neither needs the other's result, and on a card the small kernel then costs next to nothing::
+They compute the few hidden units that they need anew, so that nothing waits for anything, and on a
+card the row then costs next to nothing::
 
-    hidden, residual -> AddRedirected -> sum          hidden -> Product weight -> y
-    hidden, weight, residual -> ProductRedirected -> y, sum
+    x -> BiasedGelu (., bias) -> hidden;  hidden, residual -> AddRedirected -> sum
+    x, residual -> BiasedGeluRedirected (., bias, .) -> hidden, sum
 
-and AddRow with ``ProductRow``. Sources: ``regraft/engines/ort_cuda/operators`` of the runtime.
+AddRow and the other activations likewise. Sources: ``regraft/engines/ort_cuda/operators`` of the
+runtime.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from regraft_export.graph.cuda.redirect_operator import DOMAIN
 from regraft_export.graph.document import ancestors, consumers
 
 _SUMS = ("Add", SKIP_NORM)
-_JOINED = {"AddRedirected": "ProductRedirected", "AddRow": "ProductRow"}
+_ACTIVATIONS = ("BiasedGelu", "BiasedQuickGelu", "BiasedSwiGlu")
+_PRODUCTS = ("Product", "BiasedProduct")
+_WRITES = {"AddRedirected": "Redirected", "AddRow": "Row"}
 
 
 def join_writes(graph: gs.Graph) -> int:
@@ -25,36 +29,46 @@ def join_writes(graph: gs.Graph) -> int:
     done = 0
     for write in [n for n in graph.nodes if n.domain == DOMAIN]:
         name, _, suffix = write.op.rpartition("_")
-        if name not in _JOINED:
+        if name not in _WRITES:
             continue
-        # AddRedirected reads the hidden units first, as the product has to.
-        first = list(write.inputs[:1]) if name == "AddRedirected" else []
-        residual, *others = write.inputs[len(first) :]
-        product = _added_to(write.outputs[0], f"Product_{suffix}")
-        if product is None or any(product.inputs[0] is not hidden for hidden in first):
+        inputs = list(write.inputs)
+        # A constant row belongs to the MLP whose output is added to the same residual.
+        hidden = inputs.pop(0) if name == "AddRedirected" else _hidden(write.outputs[0], suffix)
+        activation = None if hidden is None else _maker(hidden, _ACTIVATIONS, suffix)
+        if activation is None or _needs(activation, write, inputs[0]):
             continue
-        # Neither may need the other.
-        before = (*ancestors(residual), *ancestors(product.inputs[0]))
-        if any(node is product or node is write for node in before):
-            continue
-        inputs = [*product.inputs, residual, *others]
-        outputs = [product.outputs[0], write.outputs[0]]
-        for node in (product, write):
+        x, bias = activation.inputs
+        outputs = [activation.outputs[0], write.outputs[0]]
+        joined = f"{activation.op.rpartition('_')[0]}{_WRITES[name]}_{suffix}"
+        for node in (activation, write):
             node.inputs, node.outputs = [], []
-        joined = f"{_JOINED[name]}_{suffix}"
-        graph.nodes[graph.nodes.index(product)] = gs.Node(
-            joined, f"{write.name}.joined", {}, inputs, outputs, domain=DOMAIN
+        graph.nodes[graph.nodes.index(activation)] = gs.Node(
+            joined, f"{write.name}.joined", {}, [x, bias, *inputs], outputs, domain=DOMAIN
         )
         done += 1
     graph.cleanup()
     return done
 
 
-def _added_to(total: gs.Variable, op: str) -> gs.Node | None:
-    """The product that is added to a residual, with or without the norm that follows."""
+def _needs(activation: gs.Node, write: gs.Node, residual: gs.Tensor) -> bool:
+    """Whether the residual needs the activation, or what the activation reads the row."""
+    before = (*ancestors(residual), *ancestors(activation.inputs[0]))
+    return any(node is activation or node is write for node in before)
+
+
+def _hidden(total: gs.Variable, suffix: str) -> gs.Tensor | None:
+    """What is down-projected and added to a residual, with or without the norm that follows."""
     for reader in (n for n in consumers(total) if n.op in _SUMS):
         for other in reader.inputs[:2]:
-            maker = other.inputs[0] if other is not total and other.inputs else None
-            if maker is not None and maker.op == op and maker.domain == DOMAIN:
-                return maker
+            product = None if other is total else _maker(other, _PRODUCTS, suffix)
+            if product is not None:
+                hidden: gs.Tensor = product.inputs[0]
+                return hidden
     return None
+
+
+def _maker(value: gs.Tensor, names: tuple[str, ...], suffix: str) -> gs.Node | None:
+    node = value.inputs[0] if value.inputs else None
+    if node is None or node.domain != DOMAIN:
+        return None
+    return node if node.op in [f"{name}_{suffix}" for name in names] else None

@@ -28,32 +28,39 @@ _MOST = """
     most = ReduceMax (signed, axes)
     added = MatMul (most, down)
 """
+_ADDED_ROW = "added = Identity (row)\n" + _LAST_ROW
 _BODIES = {
     "AddRedirected": ("(hidden, residual, neurons, signs, down) => (sum)", _MOST + _LAST_ROW),
-    "AddRow": ("(residual, row) => (sum)", "added = Identity (row)\n" + _LAST_ROW),
-    "BiasedSwiGlu": (
-        "(x, bias) => (y)",
-        "whole = Add (x, bias)\n"
-        "gate, value = Split <axis = -1, num_outputs = 2> (whole)\n"
-        "part = Sigmoid (gate)\n"
-        "open = Mul (gate, part)\n"
-        "y = Mul (open, value)\n",
-    ),
-    "BiasedGelu": ("(x, bias) => (y)", "sum = Add (x, bias)\ny = Gelu (sum)\n"),
+    "AddRow": ("(residual, row) => (sum)", _ADDED_ROW),
     "Product": ("(x, weight) => (y)", "y = MatMul (x, weight)\n"),
     "BiasedProduct": (
         "(x, weight, bias) => (y)",
         "product = MatMul (x, weight)\ny = Add (product, bias)\n",
     ),
-    "ProductRedirected": (
-        "(hidden, weight, residual, neurons, signs, down) => (y, sum)",
-        "y = MatMul (hidden, weight)\n" + _MOST + _LAST_ROW,
-    ),
-    "ProductRow": (
-        "(x, weight, residual, row) => (y, sum)",
-        "y = MatMul (x, weight)\nadded = Identity (row)\n" + _LAST_ROW,
-    ),
 }
+# Of x with its bias.
+_ACTIVATIONS = {
+    "BiasedGelu": "hidden = Gelu (h)\n",
+    "BiasedQuickGelu": "number = Constant <value_float = 1.702> ()\n"
+    "factor = CastLike (number, h)\n"
+    "scaled = Mul (h, factor)\n"
+    "part = Sigmoid (scaled)\n"
+    "hidden = Mul (h, part)\n",
+    "BiasedSwiGlu": "gate, value = Split <axis = -1, num_outputs = 2> (h)\n"
+    "part = Sigmoid (gate)\n"
+    "open = Mul (gate, part)\n"
+    "hidden = Mul (open, value)\n",
+}
+for _name, _body in _ACTIVATIONS.items():
+    _body = "h = Add (x, bias)\n" + _body
+    _BODIES |= {
+        _name: ("(x, bias) => (hidden)", _body),
+        f"{_name}Redirected": (
+            "(x, bias, residual, neurons, signs, down) => (hidden, sum)",
+            _body + _MOST + _LAST_ROW,
+        ),
+        f"{_name}Row": ("(x, bias, residual, row) => (hidden, sum)", _body + _ADDED_ROW),
+    }
 
 
 def _three_products(biased: int) -> tuple[str, str]:

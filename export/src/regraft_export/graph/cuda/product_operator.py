@@ -38,18 +38,18 @@ def products_by_operator(graph: gs.Graph, shapes: Shapes) -> int:
     done = 0
     for node in [n for n in graph.nodes if n.op == "MatMul" and not n.domain]:
         x, weight = node.inputs
-        if not isinstance(x, gs.Variable) or not _fits(weight, 2):
+        if not isinstance(x, gs.Variable) or not fits(weight, 2):
             continue
         shape = _shape(node, shapes)
         if shape is None:
             continue
         bias = _bias(graph, node)
         if bias is None:
-            _replace(graph, node, "Product", [x, weight], node.outputs[0], shape)
+            put(graph, node, "Product", [x, weight], node.outputs[0], shape)
         else:
             add, values = bias
             output, add.outputs, add.inputs = add.outputs[0], [], []
-            _replace(graph, node, "BiasedProduct", [x, weight, values], output, shape)
+            put(graph, node, "BiasedProduct", [x, weight, values], output, shape)
         done += 1
     return done
 
@@ -59,16 +59,17 @@ def gelus_by_operator(graph: gs.Graph, shapes: Shapes) -> int:
     done = 0
     for node in [n for n in graph.nodes if n.op == BIAS_GELU and n.domain == CONTRIB]:
         x, bias = node.inputs
-        tokens = _tokens(x, shapes) or _tokens(node.outputs[0], shapes)
-        if tokens is None or not _fits(bias, 1):
+        tokens = tokens_of(x, shapes) or tokens_of(node.outputs[0], shapes)
+        if tokens is None or not fits(bias, 1):
             continue
         shape = ["batch", tokens, len(bias.values)]
-        _replace(graph, node, "BiasedGelu", [x, bias], node.outputs[0], shape)
+        put(graph, node, "BiasedGelu", [x, bias], node.outputs[0], shape)
         done += 1
     return done
 
 
-def _fits(weight: gs.Tensor, rank: int) -> bool:
+def fits(weight: gs.Tensor, rank: int) -> bool:
+    """Whether the operators take it: a constant of that rank, lengths and dtype theirs."""
     if not isinstance(weight, gs.Constant) or weight.values.ndim != rank:
         return False
     even = all(length % _MULTIPLE == 0 for length in weight.values.shape)
@@ -78,12 +79,12 @@ def _fits(weight: gs.Tensor, rank: int) -> bool:
 def _shape(product: gs.Node, shapes: Shapes) -> list[object] | None:
     """(batch, T, N), if it is known and there are tokens to speak of."""
     x, weight = product.inputs
-    tokens = _tokens(product.outputs[0], shapes) or _tokens(x, shapes)
+    tokens = tokens_of(product.outputs[0], shapes) or tokens_of(x, shapes)
     # One row an image is a register's; such products are too small to matter.
     return ["batch", tokens, weight.values.shape[1]] if tokens and tokens > 1 else None
 
 
-def _tokens(value: gs.Tensor, shapes: Shapes) -> int | None:
+def tokens_of(value: gs.Tensor, shapes: Shapes) -> int | None:
     """T of (B, T, N), if it is known, and B is free: the batch."""
     shape: tuple[object, ...] = tuple(shapes.get(value.name) or value.shape or ())
     tokens = shape[1] if len(shape) == 3 and not isinstance(shape[0], int) else None
@@ -97,13 +98,13 @@ def _bias(graph: gs.Graph, product: gs.Node) -> tuple[gs.Node, gs.Constant] | No
     if len(readers) != 1 or readers[0].op != "Add" or any(y is t for t in graph.outputs):
         return None
     others = [t for t in readers[0].inputs if t is not y]
-    if len(others) != 1 or not _fits(others[0], 1):
+    if len(others) != 1 or not fits(others[0], 1):
         return None
     wide = len(others[0].values) == product.inputs[1].values.shape[1]
     return (readers[0], others[0]) if wide else None
 
 
-def _replace(
+def put(
     graph: gs.Graph,
     node: gs.Node,
     name: str,

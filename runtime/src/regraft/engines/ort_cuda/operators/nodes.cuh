@@ -1,4 +1,4 @@
-// What a node does when it is run, on the session's stream and on others beside it.
+// What a node does when it is run, on the session's stream.
 #pragma once
 
 #include "products.cuh"
@@ -12,23 +12,12 @@ struct Kernel {
   const Api* api;
   Work work;
   Products products;
-  Beside beside;
 };
 
 using Work = Kernel::Work;
 
 inline Status* status_of(const Api* api, const Text& failed) {
   return failed.empty() ? nullptr : api->error(ort::kFail, failed.c_str());
-}
-
-template <typename T>
-Status* redirected_alone(Kernel* kernel, KernelContext* context, cudaStream_t stream) {
-  return add_redirected<T>(kernel->api, context, stream, 1, 0);
-}
-
-template <typename T>
-Status* row_alone(Kernel* kernel, KernelContext* context, cudaStream_t stream) {
-  return add_row<T>(kernel->api, context, stream, 0, 0);
 }
 
 template <Status* (*Stateless)(const Api*, KernelContext*, cudaStream_t)>
@@ -68,21 +57,6 @@ Status* products(Kernel* kernel, KernelContext* context, cudaStream_t stream) {
   }
   if (x.size() == 0 || size.columns == 0) return nullptr;
   return status_of(api, kernel->products.run(size, x.data, lanes, stream));
-}
-
-using Write = Status* (*)(const Api*, KernelContext*, cudaStream_t, std::size_t, std::size_t);
-
-// A product, and what is written meanwhile.
-template <typename T, Write Written>
-Status* product_and(Kernel* kernel, KernelContext* context, cudaStream_t stream) {
-  const Api* api = kernel->api;
-  TRY(status_of(api, kernel->beside.begin(stream)));
-  // The small one first: behind the product, which fills the card, it would wait for its end.
-  Status* failed = Written(api, context, kernel->beside.stream(), 2, 1);
-  if (failed == nullptr) failed = products<T, 0>(kernel, context, stream);
-  // After a failure, too: what runs beside still reads memory that is given back now.
-  Status* joined = status_of(api, kernel->beside.join(stream));
-  return failed != nullptr ? failed : joined;
 }
 
 }  // namespace regraft

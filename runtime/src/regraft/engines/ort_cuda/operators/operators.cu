@@ -5,17 +5,17 @@
 //   last token.
 // AddRow (residual (B, T, D), row (D,)) -> sum
 //   residual, with row added to its last token.
+// BiasedGelu, BiasedQuickGelu (x (B, T, H), bias (H,)) -> y (B, T, H)
+//   GELU by erf, in half precision to a twentieth of fp16's (see `activation.cuh`); or CLIP's.
 // BiasedSwiGlu (x (B, T, 2H), bias (2H,)) -> y (B, T, H)
 //   silu of the first half, times the second, each with its bias.
-// BiasedGelu (x (B, T, H), bias (H,)) -> y (B, T, H)
-//   GELU by erf; in half precision to a twentieth of fp16's (see `kernels.cuh`).
+// BiasedGeluRedirected and so on (x, bias, residual, neurons, signs, down) -> y, sum
+// BiasedGeluRow and so on (x, bias, residual, row) -> y, sum
+//   the activation, and AddRedirected or AddRow in the same kernel; y is what they would read.
 // Product (x (B, T, K), weight (K, N)) -> y (B, T, N)
 // BiasedProduct (x, weight, bias (N,)) -> y
 // ThreeProductsNBiased (x, three weights of one shape, biases of the first N) -> three y
 //   by cuBLASLt, see `products.cuh`.
-// ProductRedirected (hidden, weight, residual, neurons, signs, down) -> y, sum
-// ProductRow (x, weight, residual, row) -> y, sum
-//   Product and AddRedirected or AddRow at the same time: neither needs the other's result.
 //
 // Each exists as NAME_fp32, NAME_fp16 and NAME_bf16 in the domain `regraft`. Residuals are added to in
 // place where ONNX Runtime lets us, so that one row an image is touched and no more. Where a hidden
@@ -38,7 +38,7 @@ struct Own : Operator {
 const Own* own(const Operator* op) { return static_cast<const Own*>(op); }
 
 Status* create(const Operator* op, const Api* api, const ort::KernelInfo*, void** kernel) {
-  *kernel = new Kernel{api, own(op)->work, {}, {}};
+  *kernel = new Kernel{api, own(op)->work, {}};
   return nullptr;
 }
 
@@ -112,7 +112,7 @@ Own three(const char* name, ElementType type, std::size_t biased, Work work) {
   return op;
 }
 
-Own both(const char* name, ElementType type, std::size_t inputs, Work work) {
+Own activation(const char* name, ElementType type, std::size_t inputs, Work work) {
   Own op = declare(name, type, inputs, work);
   op.outputs = 2;
   op.may_inplace = may_inplace<2, 1>;
@@ -120,44 +120,34 @@ Own both(const char* name, ElementType type, std::size_t inputs, Work work) {
   return op;
 }
 
+template <typename T, typename Activation>
+constexpr Work plain = without_state<activate<T, Activation, kernels::Nothing>>;
+template <typename T, typename Activation>
+constexpr Work with_redirect = without_state<activate<T, Activation, kernels::Redirect<T>>>;
+template <typename T, typename Activation>
+constexpr Work with_row = without_state<activate<T, Activation, kernels::Row<T>>>;
+
+#define REGRAFT_ACTIVATION(suffix, type, T, name)                                                 \
+  declare("Biased" #name "_" #suffix, ort::type, 2, plain<T, name>),                              \
+  activation("Biased" #name "Redirected_" #suffix, ort::type, 6, with_redirect<T, name>),         \
+  activation("Biased" #name "Row_" #suffix, ort::type, 4, with_row<T, name>),
+#define REGRAFT_OPERATORS(suffix, type, T)                                                        \
+  redirected("AddRedirected_" #suffix, ort::type, without_state<add_redirected<T>>),              \
+  row("AddRow_" #suffix, ort::type, without_state<add_row<T>>),                                   \
+  REGRAFT_ACTIVATION(suffix, type, T, Gelu)                                                       \
+  REGRAFT_ACTIVATION(suffix, type, T, QuickGelu)                                                  \
+  REGRAFT_ACTIVATION(suffix, type, T, SwiGlu)                                                     \
+  declare("Product_" #suffix, ort::type, 2, products<T, 0>),                                      \
+  declare("BiasedProduct_" #suffix, ort::type, 3, products<T, 1>),                                \
+  three("ThreeProducts0Biased_" #suffix, ort::type, 0, products<T, 0, 3>),                        \
+  three("ThreeProducts1Biased_" #suffix, ort::type, 1, products<T, 1, 3>),                        \
+  three("ThreeProducts2Biased_" #suffix, ort::type, 2, products<T, 2, 3>),                        \
+  three("ThreeProducts3Biased_" #suffix, ort::type, 3, products<T, 3, 3>),
+
 const Own kOperators[] = {
-    redirected("AddRedirected_fp32", ort::kFloat, redirected_alone<float>),
-    redirected("AddRedirected_fp16", ort::kFloat16, redirected_alone<__half>),
-    redirected("AddRedirected_bf16", ort::kBfloat16, redirected_alone<__nv_bfloat16>),
-    row("AddRow_fp32", ort::kFloat, row_alone<float>),
-    row("AddRow_fp16", ort::kFloat16, row_alone<__half>),
-    row("AddRow_bf16", ort::kBfloat16, row_alone<__nv_bfloat16>),
-    declare("BiasedSwiGlu_fp32", ort::kFloat, 2, without_state<biased_swiglu<float>>),
-    declare("BiasedSwiGlu_fp16", ort::kFloat16, 2, without_state<biased_swiglu<__half>>),
-    declare("BiasedSwiGlu_bf16", ort::kBfloat16, 2, without_state<biased_swiglu<__nv_bfloat16>>),
-    declare("BiasedGelu_fp32", ort::kFloat, 2, without_state<biased_gelu<float>>),
-    declare("BiasedGelu_fp16", ort::kFloat16, 2, without_state<biased_gelu<__half>>),
-    declare("BiasedGelu_bf16", ort::kBfloat16, 2, without_state<biased_gelu<__nv_bfloat16>>),
-    declare("Product_fp32", ort::kFloat, 2, products<float, 0>),
-    declare("Product_fp16", ort::kFloat16, 2, products<__half, 0>),
-    declare("Product_bf16", ort::kBfloat16, 2, products<__nv_bfloat16, 0>),
-    declare("BiasedProduct_fp32", ort::kFloat, 3, products<float, 1>),
-    declare("BiasedProduct_fp16", ort::kFloat16, 3, products<__half, 1>),
-    declare("BiasedProduct_bf16", ort::kBfloat16, 3, products<__nv_bfloat16, 1>),
-    three("ThreeProducts0Biased_fp32", ort::kFloat, 0, products<float, 0, 3>),
-    three("ThreeProducts0Biased_fp16", ort::kFloat16, 0, products<__half, 0, 3>),
-    three("ThreeProducts0Biased_bf16", ort::kBfloat16, 0, products<__nv_bfloat16, 0, 3>),
-    three("ThreeProducts1Biased_fp32", ort::kFloat, 1, products<float, 1, 3>),
-    three("ThreeProducts1Biased_fp16", ort::kFloat16, 1, products<__half, 1, 3>),
-    three("ThreeProducts1Biased_bf16", ort::kBfloat16, 1, products<__nv_bfloat16, 1, 3>),
-    three("ThreeProducts2Biased_fp32", ort::kFloat, 2, products<float, 2, 3>),
-    three("ThreeProducts2Biased_fp16", ort::kFloat16, 2, products<__half, 2, 3>),
-    three("ThreeProducts2Biased_bf16", ort::kBfloat16, 2, products<__nv_bfloat16, 2, 3>),
-    three("ThreeProducts3Biased_fp32", ort::kFloat, 3, products<float, 3, 3>),
-    three("ThreeProducts3Biased_fp16", ort::kFloat16, 3, products<__half, 3, 3>),
-    three("ThreeProducts3Biased_bf16", ort::kBfloat16, 3, products<__nv_bfloat16, 3, 3>),
-    both("ProductRedirected_fp32", ort::kFloat, 6, product_and<float, add_redirected<float>>),
-    both("ProductRedirected_fp16", ort::kFloat16, 6, product_and<__half, add_redirected<__half>>),
-    both("ProductRedirected_bf16", ort::kBfloat16, 6,
-         product_and<__nv_bfloat16, add_redirected<__nv_bfloat16>>),
-    both("ProductRow_fp32", ort::kFloat, 4, product_and<float, add_row<float>>),
-    both("ProductRow_fp16", ort::kFloat16, 4, product_and<__half, add_row<__half>>),
-    both("ProductRow_bf16", ort::kBfloat16, 4, product_and<__nv_bfloat16, add_row<__nv_bfloat16>>),
+  REGRAFT_OPERATORS(fp32, kFloat, float)
+  REGRAFT_OPERATORS(fp16, kFloat16, __half)
+  REGRAFT_OPERATORS(bf16, kBfloat16, __nv_bfloat16)
 };
 
 }  // namespace

@@ -109,6 +109,13 @@ class Product {
         all.push_back(choice);
       }
     }
+    // Here, where it can be told that there is no memory: an algorithm that fails is passed over.
+    if (std::any_of(all.begin(), all.end(), [](const Choice& one) { return one.workspace > 0; })) {
+      for (std::size_t i = 0; i < together; ++i) {
+        void* workspace = nullptr;
+        if (Text failed = lanes[i].workspace->get(&workspace); !failed.empty()) return failed;
+      }
+    }
     Timer timer;
     if (Text failed = timer.prepare(x, lanes[0].weight, size_, stream); !failed.empty()) {
       return failed;

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "choices.cuh"
-#include "kernels.cuh"
+#include "pass_on.cuh"
 
 namespace regraft {
 
@@ -18,7 +18,7 @@ constexpr float kHopeless = 1.15f;  // of the best are given up
 constexpr float kGain = 0.998f;
 constexpr int kPassing = 1024;  // blocks that write a product's input anew
 
-// How many calls in a row make one time: about a millisecond's, at 400 TFLOP/s.
+// How many calls in a row make one time: products of a millisecond, at 400 TFLOP/s.
 inline int repeats(const Size& size) {
   const double products = 2.0 * size.together * size.rows * size.inner * size.columns;
   return static_cast<int>(std::clamp(4e11 / products, 4.0, 48.0));
@@ -82,7 +82,7 @@ class Timer {
       kernels::pass_on<<<kPassing, kernels::kThreads, 0, stream_>>>(
           static_cast<uint4*>(const_cast<void*>(input_)), static_cast<const uint4*>(input_),
           passed_);
-      fine = call(i);
+      fine = cudaPeekAtLastError() == cudaSuccess && call(i);
     }
     cudaError_t status = cudaStreamEndCapture(stream_, &graph);
     if (fine && status == cudaSuccess) status = cudaGraphInstantiate(executable, graph, 0);
