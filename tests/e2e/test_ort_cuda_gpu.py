@@ -359,3 +359,89 @@ def test_products_and_gelus_of_any_size(
     shutil.copytree(second, fourth)
     with pytest.raises(Exception, match="is cut off or damaged"):
         run(fourth)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "hidden", "neurons", "width"),
+    [
+        *((1, 197, 3072, 4, 768), (24, 258, 4096, 1, 1536), (65, 5, 64, 33, 40)),
+        *((2, 1371, 384, 17, 1104), (33, 130, 256, 40, 3200), (3, 1, 1032, 2, 384)),
+    ],
+)
+def test_activations_write_rows_of_any_size(
+    kind: str, batch: int, tokens: int, hidden: int, neurons: int, width: int, tmp_path: Path
+) -> None:
+    """Against numpy, in place and not (the residual is an output, too)."""
+    number = {"fp32": 1, "fp16": 10, "bf16": 16}[kind]
+    weights = ("bias", "long", "down", "row", "signs")
+    lines = [f"{name}0 = Cast<to = {number}>({name})" for name in (*weights, "h", "r")]
+    lines += ["hh = Concat<axis = 2>(h0, h0)", f"p = regraft.BiasedQuickGelu_{kind}(h0, bias0)"]
+    units, sums = {"p": hidden}, {"b": width}
+    for one, op in (
+        ("g", "Gelu(h0, bias0"),
+        ("q", "QuickGelu(h0, bias0"),
+        ("s", "SwiGlu(hh, long0"),
+    ):
+        name, inputs = op.split("(")
+        for how, what in (("kept", "Redirected"), ("twice", "Redirected"), ("row", "Row")):
+            y, residual = f"{one}{how}", "r0"  # which is an output, too: it has to stay
+            if how != "kept":
+                residual = f"{y}r"
+                lines += [f"{residual} = Add(r0, r0)"]
+            more = "row0" if what == "Row" else "n, signs0, down0"
+            lines += [
+                f"{y}, {y}t = regraft.Biased{name}{what}_{kind}({inputs}, {residual}, {more})"
+            ]
+            units[y], sums[f"{y}t"] = hidden, width
+    lines += ["b = Identity(r0)"]
+    outputs = {**units, **sums}
+    lines += [f"{name}1 = Cast<to = 1>({name})" for name in outputs]
+    ports = [f"float[b, {tokens}, {length}] {name}1" for name, length in outputs.items()]
+    proto = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["" : 20, "regraft" : 1]>
+        g (float[b, {tokens}, {hidden}] h, float[b, {tokens}, {width}] r)
+        => ({", ".join(ports)}) {{ {" ".join(lines)} }}"""
+    )
+    rng = np.random.default_rng(tokens)
+    shapes = {"h": (batch, tokens, hidden), "r": (batch, tokens, width), "bias": (hidden,)}
+    shapes |= {"long": (2 * hidden,), "down": (neurons, width), "row": (width,)}
+    v = {n: rng.integers(-16, 17, s).astype(np.float32) / 8 for n, s in shapes.items()}
+    v["signs"] = np.where(rng.integers(2, size=neurons) > 0, 1, -1).astype(np.float32)
+    chosen = rng.choice(hidden, size=neurons, replace=False)
+    for name in weights:
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(v[name], name))
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(chosen, "n"))
+    ort = importlib.import_module("onnxruntime")
+    ort.preload_dlls()
+    settings = ort.SessionOptions()
+    compile_library(tmp_path)
+    settings.register_custom_ops_library(str(tmp_path / LIBRARY))
+    session = ort.InferenceSession(
+        proto.SerializeToString(), settings, providers=["CUDAExecutionProvider"]
+    )
+    names = [output.name for output in session.get_outputs()]
+    found = dict(zip(names, session.run(names, {n: v[n] for n in "hr"}), strict=True))
+    limit = {"fp32": 1e-5, "fp16": 3e-3, "bf16": 2.4e-2}[kind]
+
+    def expect(name: str, right: NDArray[np.float32]) -> None:
+        scale = float(np.abs(right).max())
+        np.testing.assert_allclose(found[f"{name}1"], right, rtol=limit, atol=limit * scale)
+
+    x, gate = v["h"] + v["bias"], v["h"] + v["long"][:hidden]
+    right = {
+        "g": torch.nn.functional.gelu(torch.from_numpy(x)).numpy(),
+        "q": x / (1 + np.exp(-1.702 * x)),
+        "s": gate / (1 + np.exp(-gate)) * (v["h"] + v["long"][hidden:]),
+    }
+    expect("p", right["q"])
+    for name, activated in right.items():
+        # Of what was written, so that a redirected value is a value of the graph.
+        most = (found[f"{name}kept1"][:, :, chosen] * v["signs"]).max(axis=1)
+        rows = {"kept": most @ v["down"], "twice": most @ v["down"], "row": v["row"]}
+        for how, row in rows.items():
+            expect(f"{name}{how}", activated)
+            total = v["r"] * (1 if how == "kept" else 2)
+            total[:, -1] += row
+            expect(f"{name}{how}t", total)
+    np.testing.assert_array_equal(found["b1"], v["r"])

@@ -22,7 +22,7 @@ from regraft.redirect import RedirectOptions
 from regraft_export.graph.cuda.fuse import Choices, Fused, fuse, prepare
 from regraft_export.graph.cuda.gate_operator import gate_by_operator
 from regraft_export.graph.cuda.own_functions import spell_out
-from regraft_export.graph.cuda.redirect_operator import DOMAIN, redirect_by_operator
+from regraft_export.graph.cuda.redirect_operator import DOMAIN, MOST_NEURONS, redirect_by_operator
 from regraft_export.graph.document import write
 from regraft_export.graph.patch import Patch, Traced, Wanted, build
 
@@ -169,6 +169,17 @@ def test_a_register_in_the_middle_is_left() -> None:
     onehot = np.roll(ONE, 1, axis=1)
     assert redirect_by_operator(model(BLOCK, **{**LAYER, "onehot": onehot}), T, D) == 0
     assert redirect_by_operator(model(BLOCK, **{**LAYER, "onehot": 2 * ONE}), T, D) == 0
+
+
+@pytest.mark.parametrize(("count", "found"), [(MOST_NEURONS, 1), (MOST_NEURONS + 1, 0)])
+def test_more_neurons_than_travel_with_a_call_are_left(count: int, found: int) -> None:
+    many = {"columns": np.arange(count) % D, "signs": np.ones(count, np.float32)}
+    weights = {**LAYER, **many, "rows": (count, D)}
+    assert redirect_by_operator(model(BLOCK, **weights), T, D) == found
+
+
+def test_a_width_that_is_no_multiple_of_8_is_left() -> None:
+    assert redirect_by_operator(model(BLOCK, **LAYER), T, D + 4) == 0
 
 
 GATE = """u = MatMul(x, w) ub = Add(u, c) a, b = Split<axis = -1, num_outputs = 2>(ub)

@@ -7,8 +7,8 @@ the four kernels costs more by being started than by what it does::
     residual -> AddRedirected (hidden, residual, neurons, signs, rows)             -> Add residual
 
 and, with ``value = constant``, whose rows are a bias (T + R, D), ``residual -> AddRow``. Sources:
-``regraft/engines/ort_cuda/operators`` of the runtime. One register of factor 1 at the end; other
-redirects keep their nodes.
+``regraft/engines/ort_cuda/operators`` of the runtime. One register of factor 1 at the end, D a
+multiple of 8, and at most 128 neurons a layer; other redirects keep their nodes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from regraft_export.graph.cuda.register_write import (
 from regraft_export.graph.document import Editor
 
 DOMAIN = "regraft"
+MOST_NEURONS = 128  # of a layer: they travel with the kernel's call
+_MULTIPLE = 8  # values that a thread reads at once
 # Names of the operators end in what their tensors are.
 SUFFIXES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -46,6 +48,8 @@ def redirect_by_operator(graph: gs.Graph, tokens: int, width: int) -> int:
         How many were rewritten.
     """
     done = 0
+    if width % _MULTIPLE:
+        return 0
     shape: list[int | str] = ["batch", tokens, width]
     for write in list(register_writes(graph)):
         residual, found = residual_behind(graph, write.add), _strongest(graph, write)
@@ -112,6 +116,7 @@ def _strongest(graph: gs.Graph, write: RegisterWrite) -> list[gs.Tensor] | None:
         ones = np.ones(count, rows.values.dtype)
         signs = Editor(graph).constant(f"{write.add.name}.operator.signs", ones)
     fits = neurons.values.shape == signs.values.shape == (count,) and rows.values.ndim == 2
+    fits = fits and count <= MOST_NEURONS
     if not fits or neurons.values.dtype != np.int64 or (neurons.values < 0).any():
         return None
     return [columns.inputs[0], neurons, signs, rows]

@@ -59,7 +59,7 @@ struct Activated {
   const T *x, *bias;
   int hidden;
 
-  __device__ float operator()(std::int64_t row, std::int64_t unit) const {
+  __device__ float operator()(std::int64_t row, int unit) const {
     const std::int64_t at = row * Activation::kHalves * hidden + unit;
     const float sum = static_cast<float>(x[at]) + static_cast<float>(bias[unit]);
     if constexpr (Activation::kHalves == 2) {

@@ -31,7 +31,7 @@ struct Own : Operator {
   const char* own_name;
   ElementType type;
   std::size_t inputs, outputs;
-  std::size_t neurons;  // the input that is int64; 0: none
+  std::size_t neurons;  // the input that is int64; 0: none; signs follow it
   Work work;
 };
 
@@ -51,6 +51,13 @@ Status* compute(void* kernel, KernelContext* context) {
 
 ElementType input_type(const Operator* op, std::size_t index) {
   return index > 0 && index == own(op)->neurons ? ort::kInt64 : own(op)->type;
+}
+
+// Neurons and signs are read in the host.
+int input_memory(const Operator* op, std::size_t index) {
+  const std::size_t neurons = own(op)->neurons;
+  const bool host = neurons > 0 && (index == neurons || index == neurons + 1);
+  return host ? ort::kCpuInput : ort::kDefault;
 }
 
 // Which input is the residual, and which output may be in its place. The callback is not told of
@@ -75,7 +82,7 @@ Own declare(const char* name, ElementType type, std::size_t inputs, Work work) {
   op.output_count = [](const Operator* self) { return own(self)->outputs; };
   op.input_characteristic = [](const Operator*, std::size_t) { return 0; };  // required
   op.output_characteristic = [](const Operator*, std::size_t) { return 0; };
-  op.input_memory = [](const Operator*, std::size_t) { return 0; };  // the provider's own
+  op.input_memory = input_memory;
   op.variadic_input_least = op.variadic_output_least = [](const Operator*) { return 1; };
   op.variadic_input_alike = op.variadic_output_alike = [](const Operator*) { return 1; };
   op.first_version = [](const Operator*) { return 1; };

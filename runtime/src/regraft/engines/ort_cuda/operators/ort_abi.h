@@ -20,6 +20,7 @@ struct TensorInfo;
 struct ShapeContext;
 
 enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
+enum MemoryType { kCpuInput = -2, kDefault = 0 };
 enum ElementType { kFloat = 1, kInt64 = 7, kFloat16 = 10, kBfloat16 = 16 };
 
 struct Api {

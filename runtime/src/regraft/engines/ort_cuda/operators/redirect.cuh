@@ -14,7 +14,8 @@ namespace regraft::kernels {
 
 constexpr int kMost = 1024;  // threads of a block
 constexpr int kWarp = 32;
-constexpr int kAhead = 8;  // tokens that a thread asks for at once
+constexpr int kAhead = 8;     // tokens that a thread asks for at once
+constexpr int kNeurons = 128;  // of a layer, at most: they travel with the call
 
 template <typename T>
 struct alignas(16) Eight {
@@ -57,15 +58,17 @@ struct Row {
 
 // The largest of `hidden (row, neurons) * signs` over an image's tokens, times `down` (K, D), added
 // to the last token's row of `sum` (B, T, D), D a multiple of 8. `Hidden` tells the hidden unit of a
-// row of (B T,). Blocks are whole warps.
+// row of (B T,). Blocks are whole warps. What can be asked for early is: in a small batch, everything
+// waits for memory. So neurons and signs come with the call, which the card has at once.
 template <typename T>
 struct Redirect {
   static constexpr bool kAny = true;
   T* sum;
-  const std::int64_t* neurons;
-  const T *signs, *down;
+  const T* down;
   unsigned images;
   int tokens, width, count;
+  int neurons[kNeurons];
+  float signs[kNeurons];
 
   // So many warps share a neuron's tokens.
   __host__ __device__ int parts(unsigned threads) const {
@@ -79,19 +82,22 @@ struct Redirect {
   __device__ void write(unsigned image, const Hidden& hidden) const {
     extern __shared__ float largest[];  // (count, parts)
     const int warps = blockDim.x / kWarp, several = parts(blockDim.x);
-    for (int k = 0; k < count; ++k) {  // they are needed last, and come from afar
-      const int column = threadIdx.x * 8;
-      if (column < width) asm volatile("prefetch.global.L2 [%0];" ::"l"(down + k * width + column));
+    T* last = sum + (static_cast<std::int64_t>(image + 1) * tokens - 1) * width;
+    Eight<T> eight;
+    for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
+      for (int k = 0; k < count; ++k) {
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(down + k * width + column));
+      }
     }
+    if (threadIdx.x * 8 < width) eight = *reinterpret_cast<Eight<T>*>(last + threadIdx.x * 8);
     for (int slot = threadIdx.x / kWarp; slot < count * several; slot += warps) {
       const float most = strongest(image, slot / several, slot % several, several, hidden);
       if (threadIdx.x % kWarp == 0) largest[slot] = most;
     }
     __syncthreads();
-    T* last = sum + (static_cast<std::int64_t>(image + 1) * tokens - 1) * width;
     for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
       auto* to = reinterpret_cast<Eight<T>*>(last + column);
-      Eight<T> eight = *to;
+      if (column != threadIdx.x * 8) eight = *to;
       float added[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) added[j] = static_cast<float>(eight.of[j]);
@@ -114,8 +120,9 @@ struct Redirect {
   template <typename Hidden>
   __device__ float strongest(unsigned image, int k, int part, int several,
                              const Hidden& hidden) const {
-    const std::int64_t neuron = neurons[k], first = static_cast<std::int64_t>(image) * tokens;
-    const float sign = static_cast<float>(signs[k]);
+    const std::int64_t first = static_cast<std::int64_t>(image) * tokens;
+    const int neuron = neurons[k];
+    const float sign = signs[k];
     const int step = several * kWarp;
     float most = -INFINITY;
     for (int token = part * kWarp + threadIdx.x % kWarp; token < tokens; token += kAhead * step) {
@@ -142,7 +149,7 @@ struct Given {
   const T* units;
   int hidden;
 
-  __device__ float operator()(std::int64_t row, std::int64_t unit) const {
+  __device__ float operator()(std::int64_t row, int unit) const {
     return static_cast<float>(units[row * hidden + unit]);
   }
 };

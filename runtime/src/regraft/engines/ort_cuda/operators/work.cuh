@@ -49,15 +49,22 @@ Status* read_also(const Api* api, KernelContext* context, cudaStream_t stream, s
   TRY(read(api, context, at + 2, &signs));
   TRY(read(api, context, at + 3, &down));
   const std::int64_t width = residual.lengths[2], count = neurons.size();
-  if (signs.size() != count || down.size() != count * width || width % 8 != 0 || count == 0) {
+  if (signs.size() != count || down.size() != count * width || width % 8 != 0 || count == 0 ||
+      count > kernels::kNeurons) {
     return api->error(ort::kInvalidArgument, "regraft: a redirect got shapes that do not fit");
   }
   void* sum = nullptr;
   TRY(in_place(api, context, residual, sizeof(T), stream, index, &sum));
-  *also = {static_cast<T*>(sum), static_cast<const std::int64_t*>(neurons.data),
-           static_cast<const T*>(signs.data), static_cast<const T*>(down.data),
-           static_cast<unsigned>(residual.lengths[0]), static_cast<int>(residual.lengths[1]),
-           static_cast<int>(width), static_cast<int>(count)};
+  also->sum = static_cast<T*>(sum);
+  also->down = static_cast<const T*>(down.data);
+  also->images = static_cast<unsigned>(residual.lengths[0]);
+  also->tokens = static_cast<int>(residual.lengths[1]);
+  also->width = static_cast<int>(width);
+  also->count = static_cast<int>(count);
+  for (std::int64_t k = 0; k < count; ++k) {  // these two are in the host's memory
+    also->neurons[k] = static_cast<int>(static_cast<const std::int64_t*>(neurons.data)[k]);
+    also->signs[k] = static_cast<float>(static_cast<const T*>(signs.data)[k]);
+  }
   return nullptr;
 }
 
@@ -73,7 +80,7 @@ Status* start_alone(const Api* api, cudaStream_t stream, const kernels::Given<T>
 template <typename T>
 Status* add_redirected(const Api* api, KernelContext* context, cudaStream_t stream) {
   Tensor hidden;
-  kernels::Redirect<T> also;
+  kernels::Redirect<T> also{};
   TRY(read(api, context, 0, &hidden));
   TRY(read_also(api, context, stream, 1, 0, &also));
   if (hidden.lengths[0] != also.images || hidden.lengths[1] != also.tokens) {
@@ -86,7 +93,7 @@ Status* add_redirected(const Api* api, KernelContext* context, cudaStream_t stre
 
 template <typename T>
 Status* add_row(const Api* api, KernelContext* context, cudaStream_t stream) {
-  kernels::Row<T> also;
+  kernels::Row<T> also{};
   TRY(read_also(api, context, stream, 0, 0, &also));
   return start_alone(api, stream, kernels::Given<T>{}, also);
 }
@@ -95,7 +102,7 @@ Status* add_row(const Api* api, KernelContext* context, cudaStream_t stream) {
 template <typename T, typename Activation, typename Also>
 Status* activate(const Api* api, KernelContext* context, cudaStream_t stream) {
   Tensor x, bias;
-  Also also;
+  Also also{};
   TRY(read(api, context, 0, &x));
   TRY(read(api, context, 1, &bias));
   TRY(read_also(api, context, stream, 2, 1, &also));
