@@ -6,17 +6,27 @@
 
 namespace regraft::kernels {
 
-constexpr int kFew = 128;
+// Blocks that a multiprocessor has to have room for, where some write rows: were it for more, nvcc
+// would save registers and ask for one token after the other.
+constexpr int kBlocks = 8;
+constexpr int kFew = 128;  // threads that go along a row
+
+// In float to the last bit; where the result is rounded anyway, to two, without a branch.
+template <typename T>
+__device__ float divided(float a, float b) {
+  return sizeof(T) == 4 ? a / b : __fdividef(a, b);
+}
 
 // `x * Phi(x)`. In float as exact as erf is. What is rounded to half precision anyway takes
-// `Phi(-|x|) = exp(-x * x / 2) t Q(t)` with `t = 1 / (1 + |x| / 4)` and Q fitted to a relative error
-// of 2.4e-5 for |x| up to 9, a twentieth of fp16's; erf needs three times the instructions. An
-// infinite x, which nothing behind it survives either, gives NaN.
+// `Phi(-|x|) = exp(-x * x / 2) t Q(t)` with `t = 1 / (1 + |x| / 4)` and Q fitted to a relative
+// error of 2.4e-5 for |x| up to 9, a twentieth of fp16's; erf needs three times the instructions.
+// An infinite x, which nothing behind it survives either, gives NaN.
 struct Gelu {
   static constexpr int kHalves = 1;
 
   template <typename T>
-  static __device__ float of(float x) {
+  static __device__ float of(const float (&sums)[1]) {
+    const float x = sums[0];
     if constexpr (sizeof(T) == 4) {
       return 0.5f * x * (1.0f + erff(x * 0.70710678f));
     } else {
@@ -38,8 +48,9 @@ struct QuickGelu {
   static constexpr int kHalves = 1;
 
   template <typename T>
-  static __device__ float of(float x) {
-    return x / (1.0f + __expf(-1.702f * x));
+  static __device__ float of(const float (&sums)[1]) {
+    const float x = sums[0];
+    return divided<T>(x, 1.0f + __expf(-1.702f * x));
   }
 };
 
@@ -48,43 +59,58 @@ struct SwiGlu {
   static constexpr int kHalves = 2;
 
   template <typename T>
-  static __device__ float of(float gate, float value) {
-    return gate / (1.0f + __expf(-gate)) * value;
+  static __device__ float of(const float (&sums)[2]) {
+    return divided<T>(sums[0], 1.0f + __expf(-sums[0])) * sums[1];
   }
 };
 
-// A hidden unit as the activation of `x` (B T, H or 2 H) with `bias`, rounded as it is written.
+// Hidden units as the activation of `x` (B T, H or 2 H) with `bias`, rounded as they are written.
 template <typename T, typename Activation>
 struct Activated {
+  static constexpr int kHalves = Activation::kHalves;
   const T *x, *bias;
   int hidden;
 
-  __device__ float operator()(std::int64_t row, int unit) const {
-    const std::int64_t at = row * Activation::kHalves * hidden + unit;
-    const float sum = static_cast<float>(x[at]) + static_cast<float>(bias[unit]);
-    if constexpr (Activation::kHalves == 2) {
-      const float value =
-          static_cast<float>(x[at + hidden]) + static_cast<float>(bias[hidden + unit]);
-      return static_cast<float>(static_cast<T>(Activation::template of<T>(sum, value)));
-    } else {
-      return static_cast<float>(static_cast<T>(Activation::template of<T>(sum)));
+  struct Loaded {
+    T of[kHalves];
+  };
+  struct Unit {
+    const T* at;
+    int hidden;
+    float bias[kHalves];
+
+    __device__ Loaded load(std::int64_t row) const {
+      Loaded loaded;
+#pragma unroll
+      for (int i = 0; i < kHalves; ++i) loaded.of[i] = at[(row * kHalves + i) * hidden];
+      return loaded;
     }
+
+    __device__ float value(Loaded loaded) const {
+      float sums[kHalves];
+#pragma unroll
+      for (int i = 0; i < kHalves; ++i) sums[i] = static_cast<float>(loaded.of[i]) + bias[i];
+      return static_cast<float>(static_cast<T>(Activation::template of<T>(sums)));
+    }
+  };
+
+  __device__ Unit unit(int index) const {
+    Unit unit{x + index, hidden, {}};
+#pragma unroll
+    for (int i = 0; i < kHalves; ++i) {
+      unit.bias[i] = static_cast<float>(bias[i * hidden + index]);
+    }
+    return unit;
   }
 };
 
-template <typename T>
-__device__ void add(const Eight<T>& x, const Eight<T>& bias, float (&sums)[8]) {
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    sums[j] = static_cast<float>(x.of[j]) + static_cast<float>(bias.of[j]);
-  }
-}
-
-// `y = Activation(x + bias)`, for x (rows, H or 2 H), H a multiple of 8. Of the blocks (along x), the
-// first ones write a row each, the others do `each` rows of `x`, eight columns a thread.
-template <typename T, typename Activation, typename Also>
-__global__ void __launch_bounds__(kFew)
-activate(const T* x, const T* bias, T* y, std::int64_t rows, int hidden, int each, Also also) {
+// `y = Activation(x + bias)`, for x (rows, H or 2 H), H a multiple of 8. Of the blocks (along x),
+// the first ones write an image's row each. The others do `kRows` rows, eight columns a thread, and
+// ask for all they read together.
+template <typename T, typename Activation, int kRows, typename Also>
+__global__ void __launch_bounds__(kFew, Also::kAny ? kBlocks : 0)
+activate(const T* __restrict__ x, const T* __restrict__ bias, T* __restrict__ y, std::int64_t rows,
+         int hidden, Also also) {
   constexpr int kHalves = Activation::kHalves;
   if constexpr (Also::kAny) {
     if (blockIdx.x < also.images) {
@@ -94,28 +120,32 @@ activate(const T* x, const T* bias, T* y, std::int64_t rows, int hidden, int eac
   }
   const int column = (blockIdx.y * kFew + threadIdx.x) * 8;
   if (column >= hidden) return;
-  const auto added = *reinterpret_cast<const Eight<T>*>(bias + column);
-  Eight<T> other;  // what is added to the second half
-  if constexpr (kHalves == 2) other = *reinterpret_cast<const Eight<T>*>(bias + hidden + column);
-  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x - also.images) * each;
-#pragma unroll 2
-  for (std::int64_t row = first; row < min(first + each, rows); ++row) {
-    const T* at = x + row * kHalves * hidden + column;
-    float sums[8];
-    Eight<T> out;
-    add(*reinterpret_cast<const Eight<T>*>(at), added, sums);
-    if constexpr (kHalves == 2) {
-      float values[8];
-      add(*reinterpret_cast<const Eight<T>*>(at + hidden), other, values);
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x - also.images) * kRows;
+  Eight<T> in[kRows][kHalves], added[kHalves];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        out.of[j] = static_cast<T>(Activation::template of<T>(sums[j], values[j]));
-      }
-    } else {
+  for (int i = 0; i < kHalves; ++i) {
+    added[i] = *reinterpret_cast<const Eight<T>*>(bias + i * hidden + column);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) out.of[j] = static_cast<T>(Activation::template of<T>(sums[j]));
+    for (int r = 0; r < kRows; ++r) {
+      if (first + r >= rows) continue;
+      const T* at = x + ((first + r) * kHalves + i) * hidden + column;
+      in[r][i] = *reinterpret_cast<const Eight<T>*>(at);
     }
-    *reinterpret_cast<Eight<T>*>(y + row * hidden + column) = out;
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (first + r >= rows) continue;
+    Eight<T> out;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      float sums[kHalves];
+#pragma unroll
+      for (int i = 0; i < kHalves; ++i) {
+        sums[i] = static_cast<float>(in[r][i].of[j]) + static_cast<float>(added[i].of[j]);
+      }
+      out.of[j] = static_cast<T>(Activation::template of<T>(sums));
+    }
+    *reinterpret_cast<Eight<T>*>(y + (first + r) * hidden + column) = out;
   }
 }
 

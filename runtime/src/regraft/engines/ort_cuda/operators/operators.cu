@@ -1,8 +1,8 @@
 // regraft's own operators for ONNX Runtime on CUDA; `regraft build` compiles them.
 //
 // AddRedirected (hidden (B, T, H), residual (B, T, D), neurons (K,) int64, signs (K,), down (K, D))
-//   -> sum: residual, with max over tokens of hidden[:, :, neurons] * signs, times down, added to its
-//   last token.
+//   -> sum: residual, with max over tokens of hidden[:, :, neurons] * signs, times down, added to
+//   its last token. At most 128 neurons; D a multiple of 8.
 // AddRow (residual (B, T, D), row (D,)) -> sum
 //   residual, with row added to its last token.
 // BiasedGelu, BiasedQuickGelu (x (B, T, H), bias (H,)) -> y (B, T, H)
@@ -17,9 +17,9 @@
 // ThreeProductsNBiased (x, three weights of one shape, biases of the first N) -> three y
 //   by cuBLASLt, see `products.cuh`.
 //
-// Each exists as NAME_fp32, NAME_fp16 and NAME_bf16 in the domain `regraft`. Residuals are added to in
-// place where ONNX Runtime lets us, so that one row an image is touched and no more. Where a hidden
-// unit is NaN, it counts as smaller than every number.
+// Each exists as NAME_fp32, NAME_fp16 and NAME_bf16 in the domain `regraft`. Residuals are added to
+// in place where ONNX Runtime lets us, so that one row an image is touched and no more. Where a
+// hidden unit is NaN, it counts as smaller than every number.
 
 #include "nodes.cuh"
 

@@ -12,9 +12,9 @@
 
 namespace regraft::kernels {
 
-constexpr int kMost = 1024;  // threads of a block
 constexpr int kWarp = 32;
-constexpr int kAhead = 8;     // tokens that a thread asks for at once
+constexpr int kMany = 512;     // threads of a block that does nothing else
+constexpr int kAhead = 8;      // tokens that a thread asks for at once
 constexpr int kNeurons = 128;  // of a layer, at most: they travel with the call
 
 template <typename T>
@@ -26,7 +26,6 @@ struct alignas(16) Eight {
 struct Nothing {
   static constexpr bool kAny = false;
   static constexpr unsigned images = 0;
-  std::size_t shared(unsigned) const { return 0; }
 };
 
 // `row` (D,), D a multiple of 8, added to the last token's row of `sum` (B, T, D).
@@ -38,28 +37,26 @@ struct Row {
   unsigned images;
   int tokens, width;
 
-  std::size_t shared(unsigned) const { return 0; }
-
   template <typename Hidden>
   __device__ void write(unsigned image, const Hidden&) const {
     T* last = sum + (static_cast<std::int64_t>(image + 1) * tokens - 1) * width;
     for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
-      auto* to = reinterpret_cast<Eight<T>*>(last + column);
       const auto added = *reinterpret_cast<const Eight<T>*>(row + column);
-      Eight<T> eight = *to;
+      auto eight = *reinterpret_cast<Eight<T>*>(last + column);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        eight.of[j] = static_cast<T>(static_cast<float>(eight.of[j]) + static_cast<float>(added.of[j]));
+        eight.of[j] =
+            static_cast<T>(static_cast<float>(eight.of[j]) + static_cast<float>(added.of[j]));
       }
-      *to = eight;
+      *reinterpret_cast<Eight<T>*>(last + column) = eight;
     }
   }
 };
 
-// The largest of `hidden (row, neurons) * signs` over an image's tokens, times `down` (K, D), added
-// to the last token's row of `sum` (B, T, D), D a multiple of 8. `Hidden` tells the hidden unit of a
-// row of (B T,). Blocks are whole warps. What can be asked for early is: in a small batch, everything
-// waits for memory. So neurons and signs come with the call, which the card has at once.
+// The largest of an image's hidden units `neurons` times `signs`, times `down` (K, D), D a multiple
+// of 8, added to the last token's row of `sum` (B, T, D). `Hidden` tells the units. What can be
+// asked for early is: in a small batch, everything waits for memory. So neurons and signs come with
+// the call, which the card has at once.
 template <typename T>
 struct Redirect {
   static constexpr bool kAny = true;
@@ -70,71 +67,67 @@ struct Redirect {
   int neurons[kNeurons];
   float signs[kNeurons];
 
-  // So many warps share a neuron's tokens.
-  __host__ __device__ int parts(unsigned threads) const {
-    const int warps = static_cast<int>(threads) / kWarp;
-    return warps > count ? warps / count : 1;
-  }
-
-  std::size_t shared(unsigned threads) const { return sizeof(float) * count * parts(threads); }
-
   template <typename Hidden>
   __device__ void write(unsigned image, const Hidden& hidden) const {
-    extern __shared__ float largest[];  // (count, parts)
-    const int warps = blockDim.x / kWarp, several = parts(blockDim.x);
+    __shared__ float largest[kNeurons];  // (count, parts), or as many as there are warps
+    const int warps = blockDim.x / kWarp, parts = max(1, warps / count);
+    const int first = threadIdx.x * 8, step = blockDim.x * 8;
     T* last = sum + (static_cast<std::int64_t>(image + 1) * tokens - 1) * width;
-    Eight<T> eight;
-    for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
-      for (int k = 0; k < count; ++k) {
+    for (int column = first; column < width; column += step) {
+      for (int k = 0; k < count; ++k) {  // the weights come from afar
         asm volatile("prefetch.global.L2 [%0];" ::"l"(down + k * width + column));
       }
     }
-    if (threadIdx.x * 8 < width) eight = *reinterpret_cast<Eight<T>*>(last + threadIdx.x * 8);
-    for (int slot = threadIdx.x / kWarp; slot < count * several; slot += warps) {
-      const float most = strongest(image, slot / several, slot % several, several, hidden);
+    Eight<T> eight;
+    if (first < width) eight = *reinterpret_cast<Eight<T>*>(last + first);
+    for (int slot = threadIdx.x / kWarp; slot < count * parts; slot += warps) {
+      const float most = strongest(image, slot / parts, slot % parts, parts, hidden);
       if (threadIdx.x % kWarp == 0) largest[slot] = most;
     }
     __syncthreads();
-    for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
-      auto* to = reinterpret_cast<Eight<T>*>(last + column);
-      if (column != threadIdx.x * 8) eight = *to;
-      float added[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) added[j] = static_cast<float>(eight.of[j]);
-#pragma unroll 4
-      for (int k = 0; k < count; ++k) {
-        const auto weights = *reinterpret_cast<const Eight<T>*>(down + k * width + column);
-        float most = largest[k * several];
-        for (int part = 1; part < several; ++part) most = fmaxf(most, largest[k * several + part]);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) added[j] += most * static_cast<float>(weights.of[j]);
-      }
-#pragma unroll
-      for (int j = 0; j < 8; ++j) eight.of[j] = static_cast<T>(added[j]);
-      *to = eight;
+    for (int column = first; column < width; column += step) {
+      if (column != first) eight = *reinterpret_cast<Eight<T>*>(last + column);
+      add(column, parts, largest, &eight);
+      *reinterpret_cast<Eight<T>*>(last + column) = eight;
     }
   }
 
  private:
-  // One warp's part of the maximum of neuron `k`.
+  __device__ void add(int column, int parts, const float* largest, Eight<T>* to) const {
+    float sums[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sums[j] = static_cast<float>(to->of[j]);
+#pragma unroll 4
+    for (int k = 0; k < count; ++k) {
+      const auto weights = *reinterpret_cast<const Eight<T>*>(down + k * width + column);
+      float most = largest[k * parts];
+      for (int part = 1; part < parts; ++part) most = fmaxf(most, largest[k * parts + part]);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sums[j] += most * static_cast<float>(weights.of[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) to->of[j] = static_cast<T>(sums[j]);
+  }
+
+  // Of one neuron and a part of the tokens; a neuron's parts are as many warps as there are for it.
   template <typename Hidden>
-  __device__ float strongest(unsigned image, int k, int part, int several,
+  __device__ float strongest(unsigned image, int k, int part, int parts,
                              const Hidden& hidden) const {
     const std::int64_t first = static_cast<std::int64_t>(image) * tokens;
-    const int neuron = neurons[k];
+    const auto unit = hidden.unit(neurons[k]);
     const float sign = signs[k];
-    const int step = several * kWarp;
+    const int step = parts * kWarp, lane = threadIdx.x % kWarp;
     float most = -INFINITY;
-    for (int token = part * kWarp + threadIdx.x % kWarp; token < tokens; token += kAhead * step) {
-      float values[kAhead];
+    for (int least = part * kWarp; least < tokens; least += kAhead * step) {
+      decltype(unit.load(first)) loaded[kAhead];
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
-        // Past the end the first token again, which is among them anyway.
-        const int one = token + j * step < tokens ? token + j * step : token;
-        values[j] = hidden(first + one, neuron);
+        const int token = least + lane + j * step;
+        // Past the end one that is among them anyway.
+        loaded[j] = unit.load(first + (token < tokens ? token : least));
       }
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) most = fmaxf(most, sign * values[j]);
+      for (int j = 0; j < kAhead; ++j) most = fmaxf(most, sign * unit.value(loaded[j]));
     }
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
       most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, offset));
@@ -149,14 +142,18 @@ struct Given {
   const T* units;
   int hidden;
 
-  __device__ float operator()(std::int64_t row, int unit) const {
-    return static_cast<float>(units[row * hidden + unit]);
-  }
+  struct Unit {
+    const T* at;
+    int hidden;
+    __device__ T load(std::int64_t row) const { return at[row * hidden]; }
+    __device__ float value(T loaded) const { return static_cast<float>(loaded); }
+  };
+  __device__ Unit unit(int index) const { return {units + index, hidden}; }
 };
 
 // What is written, and nothing else.
 template <typename T, typename Also>
-__global__ void __launch_bounds__(kMost) write_alone(Given<T> units, Also also) {
+__global__ void __launch_bounds__(kMany) write_alone(Given<T> units, Also also) {
   also.write(blockIdx.x, units);
 }
 

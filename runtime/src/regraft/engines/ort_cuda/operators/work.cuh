@@ -1,6 +1,8 @@
 // What the small kernels do when their node is run: read tensors, and start on a stream.
 #pragma once
 
+#include <algorithm>
+
 #include "activation.cuh"
 #include "redirect.cuh"
 #include "tensors.cuh"
@@ -11,7 +13,7 @@ using kernels::Gelu;
 using kernels::QuickGelu;
 using kernels::SwiGlu;
 
-constexpr std::int64_t kManyRows = 4096;  // of a GELU's input
+constexpr std::int64_t kManyRows = 1024;  // of tokens, that fill a card
 
 inline std::int64_t divided_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -68,12 +70,26 @@ Status* read_also(const Api* api, KernelContext* context, cudaStream_t stream, s
   return nullptr;
 }
 
+// Whether what is written besides is of the same images and tokens as these hidden units.
+template <typename T>
+bool belongs(const kernels::Row<T>& also, const Tensor& x, std::int64_t) {
+  return x.lengths[0] == also.images && x.lengths[1] == also.tokens;
+}
+
+template <typename T>
+bool belongs(const kernels::Redirect<T>& also, const Tensor& x, std::int64_t hidden) {
+  const auto is_unit = [&](int neuron) { return 0 <= neuron && neuron < hidden; };
+  return x.lengths[0] == also.images && x.lengths[1] == also.tokens &&
+         std::all_of(also.neurons, also.neurons + also.count, is_unit);
+}
+
+inline bool belongs(const kernels::Nothing&, const Tensor&, std::int64_t) { return true; }
+
 template <typename T, typename Also>
 Status* start_alone(const Api* api, cudaStream_t stream, const kernels::Given<T>& units,
                     const Also& also) {
   if (also.images == 0 || also.tokens == 0) return nullptr;
-  kernels::write_alone<<<also.images, kernels::kMost, also.shared(kernels::kMost), stream>>>(units,
-                                                                                             also);
+  kernels::write_alone<<<also.images, kernels::kMany, 0, stream>>>(units, also);
   return launched(api);
 }
 
@@ -83,7 +99,7 @@ Status* add_redirected(const Api* api, KernelContext* context, cudaStream_t stre
   kernels::Redirect<T> also{};
   TRY(read(api, context, 0, &hidden));
   TRY(read_also(api, context, stream, 1, 0, &also));
-  if (hidden.lengths[0] != also.images || hidden.lengths[1] != also.tokens) {
+  if (!belongs(also, hidden, hidden.lengths[2])) {
     return api->error(ort::kInvalidArgument, "regraft: a redirect got shapes that do not fit");
   }
   const kernels::Given<T> units{static_cast<const T*>(hidden.data),
@@ -108,23 +124,26 @@ Status* activate(const Api* api, KernelContext* context, cudaStream_t stream) {
   TRY(read_also(api, context, stream, 2, 1, &also));
   const std::int64_t rows = x.lengths[0] * x.lengths[1];
   const std::int64_t hidden = x.lengths[2] / Activation::kHalves;
-  bool fits = bias.size() == x.lengths[2] && x.lengths[2] % (8 * Activation::kHalves) == 0;
-  if constexpr (Also::kAny) {
-    fits = fits && x.lengths[0] == also.images && x.lengths[1] == also.tokens;
-  }
-  if (!fits) {
+  if (bias.size() != x.lengths[2] || x.lengths[2] % (8 * Activation::kHalves) != 0 ||
+      !belongs(also, x, hidden)) {
     return api->error(ort::kInvalidArgument, "regraft: an activation got shapes that do not fit");
   }
   void* y = nullptr;
   TRY(write(api, context, x, hidden, &y));
   if (x.size() == 0) return nullptr;
-  // A full card does more rows with fewer reads; gated ones read twice as much for each.
-  const int each = Activation::kHalves == 2 || rows < kManyRows ? 1 : 4;
-  const dim3 grid(static_cast<unsigned>(also.images + divided_up(rows, each)),
-                  static_cast<unsigned>(divided_up(hidden, 8 * kernels::kFew)));
-  kernels::activate<T, Activation><<<grid, kernels::kFew, also.shared(kernels::kFew), stream>>>(
-      static_cast<const T*>(x.data), static_cast<const T*>(bias.data), static_cast<T*>(y), rows,
-      static_cast<int>(hidden), each, also);
+  const auto start = [&](auto kernel, int each) {
+    const dim3 grid(static_cast<unsigned>(also.images + divided_up(rows, each)),
+                    static_cast<unsigned>(divided_up(hidden, 8 * kernels::kFew)));
+    kernel<<<grid, kernels::kFew, 0, stream>>>(
+        static_cast<const T*>(x.data), static_cast<const T*>(bias.data), static_cast<T*>(y), rows,
+        static_cast<int>(hidden), also);
+  };
+  // On a full card a thread had better do two rows; a gated one asks for twice as much anyway.
+  if (Activation::kHalves == 1 && rows >= kManyRows) {
+    start(kernels::activate<T, Activation, Activation::kHalves == 1 ? 2 : 1, Also>, 2);
+  } else {
+    start(kernels::activate<T, Activation, 1, Also>, 1);
+  }
   return launched(api);
 }
 
