@@ -6,9 +6,6 @@
 
 namespace regraft::kernels {
 
-// Blocks that a multiprocessor has to have room for, where some write rows: were it for more, nvcc
-// would save registers and ask for one token after the other.
-constexpr int kBlocks = 8;
 constexpr int kFew = 128;  // threads that go along a row
 
 // In float to the last bit; where the result is rounded anyway, to two, without a branch.
@@ -108,7 +105,7 @@ struct Activated {
 // the first ones write an image's row each. The others do `kRows` rows, eight columns a thread, and
 // ask for all they read together.
 template <typename T, typename Activation, int kRows, typename Also>
-__global__ void __launch_bounds__(kFew, Also::kAny ? kBlocks : 0)
+__global__ void __launch_bounds__(kFew, Also::kBlocks)
 activate(const T* __restrict__ x, const T* __restrict__ bias, T* __restrict__ y, std::int64_t rows,
          int hidden, Also also) {
   constexpr int kHalves = Activation::kHalves;

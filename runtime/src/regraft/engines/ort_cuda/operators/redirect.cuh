@@ -25,6 +25,7 @@ struct alignas(16) Eight {
 // Nothing is written.
 struct Nothing {
   static constexpr bool kAny = false;
+  static constexpr int kBlocks = 0;
   static constexpr unsigned images = 0;
 };
 
@@ -32,6 +33,7 @@ struct Nothing {
 template <typename T>
 struct Row {
   static constexpr bool kAny = true;
+  static constexpr int kBlocks = 0;
   T* sum;
   const T* row;
   unsigned images;
@@ -60,6 +62,9 @@ struct Row {
 template <typename T>
 struct Redirect {
   static constexpr bool kAny = true;
+  // That a multiprocessor has to have room for. Were it for more, nvcc would save registers and ask
+  // for one token after the other.
+  static constexpr int kBlocks = 8;
   T* sum;
   const T* down;
   unsigned images;
