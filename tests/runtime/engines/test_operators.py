@@ -233,7 +233,7 @@ def test_other_graphs_need_no_library(ort: Fake, graph: Path) -> None:
     ("script", "said"),
     [
         (
-            """echo 'kernels.cuh(3): error: no such thing' >&2; echo >&2
+            """echo 'redirect.cuh(3): error: no such thing' >&2; echo >&2
             echo '1 error detected in the compilation of "operators.cu".' >&2; exit 1""",
             "error: no such thing",
         ),

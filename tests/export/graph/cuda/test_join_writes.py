@@ -79,10 +79,13 @@ def test_who_else_reads_the_hidden_units_or_the_row_still_can(nodes: str) -> Non
         ROW.replace("y = Add(s, o)", "n = Neg(o) y = Add(s, n)"),
         ROW.replace("Add(s, o)", "Mul(s, o)"),
         ROW.replace("Product_fp32(h", "Product_fp32(k").replace("o =", "k = Neg(h) o ="),
+        ROW.replace("BiasedGelu_fp32", "BiasedGelu_fp16"),
+        REDIRECTED.replace("BiasedGelu_fp32", "BiasedGelu_fp16"),
     ],
     ids=[
         *("no operator", "other units", "the residual needs the activation"),
         *("the activation needs the row", "no product", "not added", "multiplied", "other input"),
+        *("row of another dtype", "redirect of another dtype"),
     ],
 )
 def test_other_rows_are_written_alone(nodes: str) -> None:

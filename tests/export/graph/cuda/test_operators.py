@@ -61,12 +61,12 @@ def expect_equal(traced: Traced, family: str, patch: Patch | None) -> Fused:
 def test_every_family_equals_the_portable_graph(traced: Trace, family: str, value: str) -> None:
     patch = Patch(models.neurons(models.vit(family)), RedirectOptions(value))
     fused = expect_equal(traced(family), family, patch)
-    found = own(fused)
+    found, depth = own(fused), models.vit(family).layout.depth
     assert written(found) == {"Redirected" if value == "per-neuron" else "Row": 2}
     assert fused.fusions.redirects == 2
     assert fused.fusions.operators == found.total()
+    assert fused.fusions.gelus == (0 if "swiglu" in family else depth + ("siglip" in family))
     assert not {"AddRedirected_fp32", "AddRow_fp32"} & set(found)  # each goes along
-    depth = models.vit(family).layout.depth
     activation = {"swiglu": "SwiGlu", "hf_clip": "QuickGelu"}
     name = next((name for part, name in activation.items() if part in family), "Gelu")
     activations = sum(count for op, count in found.items() if op.startswith(f"Biased{name}"))
@@ -107,15 +107,20 @@ def test_other_redirects_keep_their_nodes(traced: Trace, options: RedirectOption
     assert not written(own(expect_equal(traced("timm"), "timm", patch)))
 
 
+@pytest.mark.parametrize(("family", "name"), [("timm_swiglu", "SwiGlu"), ("hf_clip", "QuickGelu")])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_has_operators_of_its_own(traced: Trace, precision: str) -> None:
-    neurons = models.neurons(models.vit("timm_swiglu"))
-    for value, name in (("per-neuron", "SwiGluRedirected"), ("constant", "SwiGluRow")):
+def test_half_precision_has_operators_of_its_own(
+    traced: Trace, precision: str, family: str, name: str
+) -> None:
+    neurons = models.neurons(models.vit(family))
+    for value, what in (("per-neuron", "Redirected"), ("constant", "Row")):
         patch = Patch(neurons, RedirectOptions(value))
-        prepared = prepare(traced("timm_swiglu", precision))
+        prepared = prepare(traced(family, precision))
         fused = fuse(prepared, patch, Wanted(), Choices(operators=True))
         found = own(fused)
-        assert (found[f"Biased{name}_{precision}"], found[f"BiasedSwiGlu_{precision}"]) == (2, 1)
+        alone = models.vit(family).layout.depth - 2
+        kinds = (found[f"Biased{name}{what}_{precision}"], found[f"Biased{name}_{precision}"])
+        assert kinds == (2, alone)
         assert all(op.endswith(precision) for op in found)
 
 

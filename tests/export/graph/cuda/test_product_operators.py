@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
@@ -129,7 +130,8 @@ def test_clips_gelu_is_one_node(nodes: str) -> None:
     ("change", "factor", "tokens"),
     [
         (("y", "y"), 1.0, T),
-        (("y", "y"), 1.71, T),
+        (("y", "y"), 1.7, T),
+        (("y", "y"), 1.703125, T),
         (("factor)", "one)"), 1.702, T),
         (("Mul(s, factor)", "Mul(factor, factor)"), 1.702, T),
         (("g = Mul(s, o)", "g = Mul(h, o)"), 1.702, T),
@@ -141,7 +143,14 @@ def test_clips_gelu_is_one_node(nodes: str) -> None:
         (("y", "y"), 1.702, "t"),
     ],
     ids=[
-        *("SiLU", "another factor", "factors of columns", "not of h", "not of the sum"),
+        *(
+            "SiLU",
+            "another factor",
+            "bf16's factor",
+            "factors of columns",
+            "not of h",
+            "not of the sum",
+        ),
         *("h is read elsewhere", "the gate, too", "the product, too", "no sigmoid", "no bias"),
         "free tokens",
     ],
@@ -152,6 +161,25 @@ def test_other_gates_keep_their_nodes(
     weights = {**CLIPS, "factor": np.array(factor, np.float32)}
     graph = model(QUICK.replace(*change), **weights)
     assert quick_gelus_by_operator(graph, {"s": ("b", tokens, 2 * D)}) == 0
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_clips_factor_is_the_one_that_its_dtype_has(precision: str) -> None:
+    graph = model(QUICK, **CLIPS)
+    (factor,) = [t for n in graph.nodes for t in n.inputs if t.name == "factor"]
+    factor.values = factor.values.astype(ml_dtypes.bfloat16 if precision[0] == "b" else precision)
+    assert quick_gelus_by_operator(graph, HIDDEN) == 1
+
+
+def test_clips_gelu_of_a_hidden_width_that_is_no_multiple_of_8_is_left() -> None:
+    weights = {**CLIPS, "w": (D, 12), "c": (12,), "v": (12, D)}
+    assert quick_gelus_by_operator(model(QUICK, **weights), {"s": ("b", T, 12)}) == 0
+
+
+def test_clips_gelu_is_left_where_its_input_is_an_output() -> None:
+    graph = model(QUICK, **CLIPS)
+    graph.outputs.append(graph.tensors()["s"])
+    assert quick_gelus_by_operator(graph, HIDDEN) == 0
 
 
 THREE = """q = regraft.BiasedProduct_fp32(x, w, c) k = regraft.Product_fp32(x, u)

@@ -188,7 +188,7 @@ def fuse_built(
     graph.cleanup()  # what the rewrites above left unread must not count as a reader
     norms = fuse_skip_norm(graph, shapes)
     if choices.operators:
-        quick_gelus_by_operator(graph, shapes)
+        gelus += quick_gelus_by_operator(graph, shapes)
         graph.cleanup()  # a bias that went along is not the product's any more
         products_by_operator(graph, shapes)
         gelus_by_operator(graph, shapes)

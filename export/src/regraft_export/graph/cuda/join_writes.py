@@ -1,7 +1,7 @@
 """Rewrite: a register's row is written by some blocks of the MLP's activation.
 
-They compute the few hidden units that they need anew, so that nothing waits for anything, and on a
-card the row then costs next to nothing::
+They compute the few hidden units that they need anew instead of waiting for other blocks. In a
+large batch that is hidden among the rest; in a small one the kernel takes as long as they do::
 
     x -> BiasedGelu (., bias) -> hidden;  hidden, residual -> AddRedirected -> sum
     x, residual -> BiasedGeluRedirected (., bias, .) -> hidden, sum

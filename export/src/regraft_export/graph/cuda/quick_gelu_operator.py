@@ -10,6 +10,7 @@ Sources: ``regraft/engines/ort_cuda/operators`` of the runtime.
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from regraft_export.graph.cuda.attention_form import Shapes
@@ -18,7 +19,6 @@ from regraft_export.graph.cuda.product_operator import fits, put, tokens_of
 from regraft_export.graph.document import consumers
 
 _FACTOR = 1.702
-_ROUNDED = 2e-3  # of bf16, at most
 
 
 def quick_gelus_by_operator(graph: gs.Graph, shapes: Shapes) -> int:
@@ -59,5 +59,7 @@ def _maker(value: gs.Tensor, op: str) -> gs.Node | None:
 
 
 def _is_factor(value: gs.Tensor) -> bool:
-    constant = isinstance(value, gs.Constant) and value.values.size == 1
-    return constant and abs(float(value.values.reshape(())) - _FACTOR) < _ROUNDED
+    """1.702 as the constant's dtype rounds it: 1.7 is another function."""
+    if not isinstance(value, gs.Constant) or value.values.size != 1:
+        return False
+    return bool(value.values.item() == np.asarray(_FACTOR).astype(value.values.dtype).item())
