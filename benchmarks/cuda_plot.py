@@ -17,6 +17,7 @@ from matplotlib import pyplot
 
 from benchmarks.cuda_cells import key_of, rows_of
 from benchmarks.machine import RESULTS
+from regraft.engines.ort_cuda.operators import source_sha256
 
 RIVALS = {
     "literal": "#9aa5b1",
@@ -85,8 +86,15 @@ def _plot(cells: list[dict[str, Any]], path: Path) -> None:
         loc="outside lower center",
     )
     devices = dict.fromkeys(c["engine"]["device"] for p in panels.values() for c in p)
-    figure.suptitle(f"ort-cuda, {'; '.join(devices)}; lines: 95 % intervals", fontsize=10)
+    earlier = any(_of_earlier_operators(c) for p in panels.values() for c in p)
+    title = f"ort-cuda, {'; '.join(devices)}; lines: 95 % intervals"
+    title += "; *: own operators of an earlier version" if earlier else ""
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
+
+
+def _of_earlier_operators(cell: dict[str, Any]) -> bool:
+    return bool(cell.get("operators") != source_sha256()[:16])
 
 
 def _panel(axis: Any, cells: list[dict[str, Any]]) -> None:
@@ -107,7 +115,8 @@ def _panel(axis: Any, cells: list[dict[str, Any]]) -> None:
     about = f"{first['tokens']} tokens, {first['precision']}, {first['neurons']} neurons in"
     layers = f"{len(first['touched_layers'])} of {first['blocks']} blocks"
     axis.set_title(f"{first['model']}\n{about} {layers}", fontsize=7)
-    axis.set_xticks(range(len(cells)), [str(c["batch"]) for c in cells])
+    labels = [f"{c['batch']}{'*' if _of_earlier_operators(c) else ''}" for c in cells]
+    axis.set_xticks(range(len(cells)), labels)
     axis.set_xlabel("batch", fontsize=8)
     axis.axhline(0, color="#52606d", linewidth=0.8)
     axis.spines[["top", "right"]].set_visible(False)

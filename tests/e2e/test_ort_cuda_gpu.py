@@ -367,6 +367,7 @@ def test_products_and_gelus_of_any_size(
     [
         *((1, 197, 3072, 4, 768), (24, 258, 4096, 1, 1536), (65, 5, 64, 33, 40)),
         *((2, 1371, 384, 17, 1104), (33, 130, 256, 40, 3200), (3, 1, 1032, 2, 384)),
+        (3, 1371, 384, 128, 384),  # an odd number of rows, and the most neurons
     ],
 )
 def test_activations_write_rows_of_any_size(
