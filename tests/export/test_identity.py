@@ -103,7 +103,8 @@ def test_the_same_preprocessing_passes_without_a_word() -> None:
     steps = bundles.loaded().preprocessing
     # Libraries round edges and margins, and hold numbers, in ways of their own.
     single = tuple(float(np.float32(value)) for value in steps.mean)
-    for changes in ({"crop_offset": "floor"}, {"resize": "cover"}, {"mean": single}):
+    rounded = {"resize_size": (33, 31)}
+    for changes in ({"crop_offset": "floor"}, {"resize": "cover"}, {"mean": single}, rounded):
         assert check(found_with(**changes)) == []
 
 
@@ -115,6 +116,7 @@ def test_the_same_preprocessing_passes_without_a_word() -> None:
         ({"interpolation": "nearest"}, "interpolation nearest, here bicubic"),
         ({"resize": "exact"}, "resize exact, here cover"),
         ({"resize_size": (40, 40)}, "size before the crop 40 x 40, here 32 x 32"),
+        ({"resize_size": (32, 34)}, "size before the crop 32 x 34, here 32 x 32"),
         ({"fill": (9, 9, 9)}, "fill 9 9 9, here 0 0 0"),
         ({"rescale": 1.0}, "rescale 1, here 0.00392157"),
         (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from regraft.errors import NeuronsError
 from regraft.neurons import Neurons
@@ -96,7 +96,7 @@ def _differences(found: Preprocessing, here: Preprocessing) -> Iterator[str]:
     if rules[0] != rules[1]:
         yield f"resize {rules[0]}, here {rules[1]}"
     # At another image size the size before the crop is another one, too.
-    elif found.image_size == here.image_size and found.resize_size != here.resize_size:
+    elif found.image_size == here.image_size and _apart(found.resize_size, here.resize_size) > 1:
         sizes = [" x ".join(map(str, steps.resize_size)) for steps in (found, here)]
         yield f"size before the crop {sizes[0]}, here {sizes[1]}"
     if found.interpolation != here.interpolation:
@@ -108,6 +108,11 @@ def _differences(found: Preprocessing, here: Preprocessing) -> Iterator[str]:
             yield f"{name} {' '.join(map(str, a))}, here {' '.join(map(str, b))}"
     if not math.isclose(found.rescale, here.rescale, rel_tol=1e-6):
         yield f"rescale {found.rescale:g}, here {here.rescale:g}"
+
+
+def _apart(a: Sequence[int], b: Sequence[int]) -> int:
+    """Pixels, of the edge that differs most."""
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
 def _fingerprints_match(neurons: Neurons, vit: VisionTransformer) -> bool:
