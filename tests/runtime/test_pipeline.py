@@ -230,17 +230,6 @@ def test_a_thread_that_cannot_be_started_is_one_error(
     assert decoding_threads() == 0
 
 
-def test_another_failure_of_the_executor_is_not_taken_for_one_of_threads(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def refuse(*_: object) -> None:
-        raise RuntimeError("cannot schedule new futures after shutdown")
-
-    monkeypatch.setattr(regraft.pipeline.ThreadPoolExecutor, "submit", refuse)
-    with pytest.raises(RuntimeError, match=r"^cannot schedule new futures after shutdown$"):
-        list(batches([flat(0)], PREPROCESSING, 1, 1))
-
-
 def test_closing_early_stops_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[int] = []
 

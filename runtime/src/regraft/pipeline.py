@@ -134,8 +134,6 @@ def _run(
         try:
             return executor.submit(prepare, claimed)
         except RuntimeError as error:  # the executor starts its threads one by one, here
-            if "thread" not in str(error):
-                raise
             raise RegraftError(
                 f"no thread can be started to decode images ({error}); expected up to {workers}: "
                 "end other programs, or raise the limit of processes (ulimit -u, or a container's)"

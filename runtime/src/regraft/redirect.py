@@ -14,9 +14,9 @@ from typing import Any, Literal, get_args
 from regraft.errors import InputError
 
 MOST_REGISTERS = 64
-# What --scale takes: normal numbers of fp16, the narrowest precision, so that a factor means the
-# same in every bundle; the least is round, so that messages name it. Manifests may hold others.
-SCALES = (1e-4, 65504.0)
+# What --scale takes: the normal numbers of fp16, the narrowest precision, so that a factor means
+# the same in every bundle. Manifests may hold others.
+SCALES = (2.0**-14, 65504.0)
 
 Value = Literal["per-neuron", "per-layer", "constant"]
 Cls = Literal["zero", "keep"]

@@ -23,8 +23,8 @@ def add_redirect_arguments(parser: argparse.ArgumentParser) -> None:
         type=_scale,
         nargs="+",
         metavar="S",
-        help=f"factor on the value, per register (default: 1): {least:g} to {most:g}; what it "
-        "makes of the values has to fit the precision, too",
+        help=f"factor on the value, per register (default: 1): {least:.2g} to {most:g}, which "
+        "every precision can hold",
     )
 
 
@@ -53,5 +53,5 @@ def _scale(text: str) -> float:
     least, most = SCALES
     value = number()(text)
     if not least <= value <= most:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to {most:g}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:.2g} to {most:g}")
     return value
