@@ -266,6 +266,20 @@ def test_half_precision_is_verified_and_half_the_size(tmp_path: Path, exported: 
 
 
 @pytest.mark.usefixtures("quick_trace")
+def test_a_scale_too_large_for_half_precision_is_named(tmp_path: Path) -> None:
+    redirect = RedirectOptions(registers=2, scale=(1.0, 3000.0))
+    with pytest.raises(GateError) as caught:
+        bundles.export(tmp_path / "bundle", ExportOptions(redirect=redirect, precision="fp16"))
+    message = str(caught.value)
+    assert "model test_time_registers: NaN or infinity" in message
+    assert message.endswith(
+        "; --scale 1 3000 may make numbers that fp16 cannot hold: give a smaller one, or take a "
+        "wider precision"
+    )
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.usefixtures("quick_trace")
 def test_bfloat16_is_verified_as_its_float32_twin_and_marked(tmp_path: Path) -> None:
     done = bundles.export(tmp_path / "bundle", replace(bundles.OPTIONS, precision="bf16"))
     assert names(tmp_path) == {"bundle"}  # the twin is gone

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_weights_resampled_for_another_size_are_known_by_their_down_projections(
     assert len(check(other, force=True)) == 2
 
 
-def prints_of(*layers: int) -> dict[str, object]:
+def prints_of(*layers: int) -> dict[str, dict[str, Any]]:
     weights = {i: bundles.vit().blocks[i].down.weight.numpy() for i in layers}
     return {str(i): fingerprint(weight, None) for i, weight in weights.items()}
 
@@ -79,7 +80,19 @@ def test_without_a_hash_the_fingerprints_decide() -> None:
         "the neurons were found in timm:other; its fingerprints do not match the down-projections "
         f"of {bundles.PLANTED} in all of the layers 1, 2"
     )
-    for prints in (swapped, prints_of(1), "none", {"1": 5, "2": {}}, {"1": {"shape": 1}}):
+    right = prints_of(1, 2)
+    numbers = right["1"]["projections"]
+    malformed = [
+        {**right, "1": {**right["1"], **changed}}
+        for changed in (
+            {"projections": [numbers]},  # numpy would compare it all the same
+            {"projections": [10**400] * len(numbers)},
+            {"norm": 10**400},
+            {"shape": [96, None]},
+        )
+    ]
+    others = (swapped, prints_of(1), "none", {"1": 5, "2": {}}, {"1": {"shape": 1}})
+    for prints in (*others, *malformed):
         other = bundles.neurons(model="timm:other", fingerprints=prints)
         with pytest.raises(NeuronsError) as caught:
             check(other)
@@ -106,6 +119,14 @@ def test_the_same_preprocessing_passes_without_a_word() -> None:
     rounded = {"resize_size": (33, 31)}
     for changes in ({"crop_offset": "floor"}, {"resize": "cover"}, {"mean": single}, rounded):
         assert check(found_with(**changes)) == []
+
+
+def test_what_rounding_leaves_of_a_zero_is_no_difference() -> None:
+    steps = replace(bundles.loaded().preprocessing, mean=(0.0, 0.0, 0.0))
+    loaded = replace(bundles.loaded(), preprocessing=steps)
+    for number, same in ((1e-9, True), (-0.0, True), (1e-3, False)):
+        found = found_with(mean=(number, 0.0, 0.0))
+        assert bool(check_identity(found, loaded, bundles.vit(), force=True)) is not same
 
 
 @pytest.mark.parametrize(

@@ -156,8 +156,21 @@ def test_what_exists_is_not_overwritten(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
 def test_no_rows_is_no_file(tmp_path: Path, suffix: str) -> None:
-    with pytest.raises(InputError, match="there are no features to write; no image could be read"):
+    with pytest.raises(InputError, match=r"there are no features to write$"):
         write(tmp_path / f"features{suffix}", [])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_no_image_that_could_be_read_is_no_file(tmp_path: Path, suffix: str) -> None:
+    def write_bad() -> None:
+        with feature_file(tmp_path / f"features{suffix}") as writer:
+            writer.append(Rows(("a", "b"), ("a: is empty", "b: is empty"), {}))
+            writer.append(Rows(("c",), ("c: is empty",), {}))
+
+    said = r"to write; none of the 3 images could be read \(named above\)$"
+    with pytest.raises(InputError, match=said):
+        write_bad()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -230,6 +230,18 @@ def test_a_thread_that_cannot_be_started_is_one_error(
     assert decoding_threads() == 0
 
 
+def test_another_refusal_of_the_executor_is_not_taken_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse)
+    with pytest.raises(RuntimeError, match="after interpreter shutdown") as caught:
+        list(batches([flat(0)], PREPROCESSING, 3, 4))
+    assert not isinstance(caught.value, RegraftError)
+
+
 def test_closing_early_stops_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[int] = []
 

@@ -42,10 +42,11 @@ class Skewed(OrtCpuEngine):
 
     name = "skewed"
     output, factor = "last_hidden_state", 1.01
+    graphs: tuple[str, ...] = ("model.onnx",)
 
     def _run(self, pixels: Pixels, outputs: Sequence[str]) -> Sequence[Pixels]:
         found = super()._run(pixels, outputs)
-        wrong = self.graph.name == "model.onnx"
+        wrong = self.graph.name in self.graphs
         return [
             value * np.float32(self.factor) if wrong and name == self.output else value
             for name, value in zip(outputs, found, strict=True)
@@ -131,6 +132,33 @@ def test_an_engine_that_yields_nan_fails_and_is_reported(
         found = verify(bundle, pixels(), reference, "skewed")
     assert found.failures == ["model last_hidden_state: NaN or infinity"]
     json.dumps(found.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("precision", "scale", "graphs", "named"),
+    [
+        ("fp16", 3000.0, ("model.onnx",), True),
+        ("fp16", 3000.0, ("model.onnx", "baseline.onnx"), False),  # not by the redirect alone
+        ("fp16", 1.0, ("model.onnx",), False),
+        ("fp32", 3000.0, ("model.onnx",), False),
+    ],
+)
+def test_a_scale_that_may_be_the_reason_is_named(
+    bundle: Bundle,
+    skewed: type[Skewed],
+    precision: str,
+    scale: float,
+    graphs: tuple[str, ...],
+    named: bool,
+) -> None:
+    skewed.factor, skewed.graphs = np.inf, graphs
+    redirect = RedirectOptions(scale=(scale,))
+    manifest = replace(bundle.manifest, precision=precision, redirect=redirect)
+    with UnoptimisedGraph(bundle) as reference:
+        found = verify(Bundle(bundle.path, manifest), pixels()[1:], reference, "skewed")
+    with pytest.raises(GateError, match="NaN or infinity") as caught:
+        found.gate()
+    assert ("--scale 3000 may make numbers" in str(caught.value)) is named
 
 
 def test_nothing_compared_is_a_failure(bundle: Bundle) -> None:

@@ -24,6 +24,7 @@ from regraft.features import Floats
 from regraft.files import scratch_folder, whole_file
 from regraft.parquet_files import PATHS, ParquetFile, require_pyarrow
 from regraft.rows import Rows
+from regraft.wording import none_read
 
 DType = Literal["float32", "float16"]
 DTYPES: tuple[str, ...] = get_args(DType)
@@ -36,12 +37,13 @@ class FeatureWriter(ABC):
 
     Attributes:
         rows: how many with features were appended.
+        images: how many in all, with those that could not be read.
         shapes: array name -> shape of one row; empty before the first batch.
     """
 
     def __init__(self, dtype: DType) -> None:
         self._dtype = np.dtype(dtype)
-        self.rows = 0
+        self.rows = self.images = 0
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def append(self, rows: Rows) -> None:
@@ -60,6 +62,7 @@ class FeatureWriter(ABC):
             self.shapes = shapes
         self._append(rows, arrays)
         self.rows += good
+        self.images += len(rows)
 
     @abstractmethod
     def _append(self, rows: Rows, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -89,6 +92,9 @@ def feature_file(
 ) -> Iterator[FeatureWriter]:
     """Yields a writer; the file appears at ``path`` when the block ends well.
 
+    Whoever appends rows without features says why they have none: the error about a file without
+    any refers to that.
+
     Args:
         path: ends in ``.npz`` or ``.parquet``.
         dtype: of the arrays in the file.
@@ -108,7 +114,8 @@ def feature_file(
         with closing(writer):
             yield writer
             if not writer.rows:
-                raise InputError(f"{path}: there are no features to write; no image could be read")
+                why = f"; {none_read(writer.images)}" if writer.images else ""
+                raise InputError(f"{path}: there are no features to write{why}")
             writer.finish()
 
 

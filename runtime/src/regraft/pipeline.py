@@ -22,6 +22,8 @@ from regraft.errors import ImageError, InputError, RegraftError
 from regraft.images import MAX_PIXELS, ImageSource, decode, name_of, private
 from regraft.preprocessing import Preprocessing
 
+_NO_THREAD = "can't start new thread"  # Python's words; the type alone says nothing
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -134,6 +136,8 @@ def _run(
         try:
             return executor.submit(prepare, claimed)
         except RuntimeError as error:  # the executor starts its threads one by one, here
+            if _NO_THREAD not in str(error):
+                raise
             raise RegraftError(
                 f"no thread can be started to decode images ({error}); expected up to {workers}: "
                 "end other programs, or raise the limit of processes (ulimit -u, or a container's)"

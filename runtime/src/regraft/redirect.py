@@ -63,6 +63,23 @@ class RedirectOptions:
         if not all(math.isfinite(factor) for factor in self.scale):
             raise InputError(f"scale is {self.scale}; expected finite numbers")
 
+    def scale_cure(self, precision: str) -> str:
+        """What to do where a redirected graph alone gives infinite numbers, to end a message.
+
+        Args:
+            precision: of its arithmetic.
+
+        Returns:
+            Empty where no scale can be the reason: only fp16 ends so early.
+        """
+        if precision != "fp16" or max(map(abs, self.scale)) <= 1:
+            return ""
+        given = " ".join(f"{factor:g}" for factor in self.scale)
+        return (
+            f"; --scale {given} may make numbers that fp16 cannot hold: give a smaller one, or "
+            "take a wider precision"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The options as plain JSON values."""
         return {**asdict(self), "scale": list(self.scale)}

@@ -48,6 +48,7 @@ class Verification:
         images: how many.
         parity: one comparison per graph and output.
         effect: what the patch does; None without probe graphs, or where they are bf16.
+        cure: what may help where the gate fails, to end its message; mostly empty.
     """
 
     engine: str
@@ -56,6 +57,7 @@ class Verification:
     images: int
     parity: tuple[Comparison, ...]
     effect: Effect | None
+    cure: str = ""
 
     @property
     def failures(self) -> list[str]:
@@ -85,7 +87,7 @@ class Verification:
         """Raises GateError, naming every missed limit, unless the verification passed."""
         if not self.passed:
             reasons = "; ".join(self.failures) or "nothing was compared"
-            raise GateError(f"{self.engine} is not equal to {self.reference}: {reasons}")
+            raise GateError(f"{self.engine} is not equal to {self.reference}: {reasons}{self.cure}")
 
 
 class UnoptimisedGraph:
@@ -213,13 +215,17 @@ def verify(
         opened = candidate[compared[0]]
         name, precision = opened.name, opened.precision
     limits = LIMITS[precision]
+    parity = tuple(meter.result(limits) for meter in meters.values())
+    infinite = {_ORIGINALS.get(c.graph, c.graph) for c in parity if not c.finite}
+    redirected = bool(infinite) and infinite <= {"model", "probe"}
     return Verification(
         engine=name,
         precision=precision,
         reference=reference.name,
         images=images,
-        parity=tuple(meter.result(limits) for meter in meters.values()),
+        parity=parity,
         effect=effect.result() if probes and images else None,
+        cure=manifest.redirect.scale_cure(precision) if redirected else "",
     )
 
 

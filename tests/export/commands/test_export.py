@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import pytest
 from tests.support import bundles, pictures
 
 from regraft.bundle import Bundle
-from regraft.redirect import RedirectOptions
+from regraft.redirect import SCALES, RedirectOptions
 from regraft_export import exporting
+from regraft_export.commands._redirect_arguments import add_redirect_arguments, redirect_options
 from regraft_export.commands.export import spread
 
 Regraft = Callable[..., tuple[int, str, str]]
@@ -293,9 +295,12 @@ def test_options_that_do_not_fit_are_refused(
         (("--value", "median"), "argument --value: invalid choice: 'median'"),
         (("--registers", "0"), "argument --registers: '0' is not an integer from 1 to 64"),
         (("--registers", "65"), "argument --registers: '65' is not an integer from 1 to 64"),
-        (("--scale", "0"), "argument --scale: '0' is not a number from 6.1e-05 to 65504"),
-        (("--scale", "-1"), "argument --scale: '-1' is not a number from 6.1e-05 to 65504"),
-        (("--scale", "1e30"), "argument --scale: '1e30' is not a number from 6.1e-05 to 65504"),
+        (("--scale", "0"), "argument --scale: '0' is not a number from 6.103515625e-05 to 65504"),
+        (("--scale", "-1"), "argument --scale: '-1' is not a number from 6.103515625e-05 to 65504"),
+        (
+            ("--scale", "1e9"),
+            "argument --scale: '1e9' is not a number from 6.103515625e-05 to 65504",
+        ),
         (("--scale", "nan"), "argument --scale: 'nan' is not a finite number"),
         (
             ("--registers", "2", "--scale", "1"),
@@ -318,6 +323,17 @@ def test_wrong_usage_exits_with_two(
     assert (code, out) == (2, "")
     assert message in err
     assert nothing_left(tmp_path)
+
+
+def test_the_ends_that_a_message_tells_may_be_typed() -> None:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_redirect_arguments(parser)
+    with pytest.raises(argparse.ArgumentError) as caught:
+        parser.parse_args(["--scale", "0"])
+    least, most = str(caught.value).partition(" from ")[2].split(" to ")
+    args = parser.parse_args(["--registers", "2", "--scale", least, most])
+    assert redirect_options(args).scale == SCALES
+    assert f"{least} to {most}" in " ".join(parser.format_help().split())
 
 
 def test_an_unreadable_picture_among_good_ones_is_named_once_and_left_out(

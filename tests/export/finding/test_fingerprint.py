@@ -73,6 +73,19 @@ def test_other_shapes_and_values_are_refused() -> None:
     assert not matches(PRINT, broken, BIAS)
 
 
+def test_another_number_of_projections_is_refused() -> None:
+    numbers = PRINT["projections"]
+    for other in (numbers[:1], numbers[:2], [], [numbers], numbers[0]):
+        assert difference({**PRINT, "projections": other}, WEIGHT, None) == float("inf")
+    short = {**PRINT["bias"], "projections": PRINT["bias"]["projections"][:1]}
+    assert difference({**PRINT, "bias": short}, WEIGHT, BIAS) == float("inf")
+    assert difference({**PRINT, "bias": {**short, "norm": 0}}, WEIGHT, BIAS * 0) == float("inf")
+
+
+def test_a_bias_that_is_not_finite_is_refused() -> None:
+    assert difference(PRINT, WEIGHT, BIAS * np.nan) == float("inf")
+
+
 @settings(max_examples=25, deadline=None)
 @given(hidden=st.integers(4, 60), width=st.integers(2, 40), seed=st.integers(0, 99))
 def test_any_pair_of_random_weights_is_told_apart(hidden: int, width: int, seed: int) -> None:

@@ -14,9 +14,13 @@ import pytest
 from tests.support import handmade_vit, pictures
 from tests.support.exporters import ANY, BATCH, dynamo, torchscript
 
+from regraft.errors import GateError
 from regraft.neurons import Neurons, RegisterNeuron
+from regraft.parity import Comparison
+from regraft.redirect import RedirectOptions
 from regraft_export.demo import sample_images_folder
 from regraft_export.foreign import patching
+from regraft_export.foreign.check.checked import Checked
 from regraft_export.sources import load
 
 Regraft = Callable[..., tuple[int, str, str]]
@@ -125,6 +129,24 @@ def test_a_wrong_patch_is_not_written(
     assert (code, said["check"]["passed"], said["written"]) == (1, False, [])
     assert any(not c["passed"] for c in said["check"]["parity"])
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("precision", "graph", "named"),
+    [
+        ("fp16", "patched", True),
+        ("fp16", "patched, as float32", False),  # then it is not by what fp16 holds
+        ("fp32", "patched", False),
+    ],
+)
+def test_a_scale_that_may_be_the_reason_is_named(precision: str, graph: str, named: bool) -> None:
+    infinite = Comparison(graph, "y", 0.0, None, None, False, 2, ("y: NaN or infinity",))
+    checked = Checked(2, (48, 32), 2, precision, (infinite,), {"y": 1.0}, {})
+    with pytest.raises(GateError) as caught:
+        checked.gate(RedirectOptions(scale=(3000.0,)))
+    hint = "; --scale 3000 may make numbers that fp16 cannot hold: give a smaller one, or take a"
+    assert (hint in str(caught.value)) is named
+    assert str(caught.value).endswith("; nothing was written")
 
 
 def test_preprocessing_by_hand_and_from_the_neurons_file(

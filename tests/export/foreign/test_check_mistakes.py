@@ -151,7 +151,7 @@ def test_a_mistake_in_the_graph_fails(
     result = checked(file(*case), models.neurons(vit), PAPER, pixels(3, size), mistake=mistake)
     assert not result.passed
     with pytest.raises(GateError, match="the patched graph is not equal to the method: patched"):
-        result.gate()
+        result.gate(PAPER)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

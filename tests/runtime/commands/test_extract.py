@@ -160,7 +160,8 @@ def test_when_no_image_can_be_read(
     code, _, err = regraft("extract", pristine_bundle, bad_images["text"], "--out", out)
     assert code == 1
     assert err.splitlines()[-1] == (
-        f"regraft: {out}: there are no features to write; no image could be read"
+        f"regraft: {out}: there are no features to write; the only image could not be read "
+        "(named above)"
     )
     assert left_beside(out) == []
 

@@ -5,6 +5,7 @@ Their kernels run in `make test-gpu`; whether ONNX Runtime takes the library is 
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -202,6 +203,31 @@ def test_other_sources_are_another_entry_of_the_cache(
     own, plain = keys()
     assert own != before[0]
     assert plain == before[1]
+
+
+def test_another_cublas_is_another_entry_of_the_cache(
+    ort: Fake, graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed: dict[str, str] = {}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    sources = f", operators {source_sha256()[:16]}"
+    assert OrtCudaEngine.toolchain(graph) == sources  # the CUDA toolkit's own
+    installed["nvidia-cublas"] = "13.1.0.3"
+    assert OrtCudaEngine.toolchain(graph) == f"{sources}, nvidia-cublas 13.1.0.3"
+    plain = graph.with_name("model.onnx")
+    before = [cache_key(OrtCudaEngine, file, "fp32").folder for file in (graph, plain)]
+    installed["nvidia-cublas"] = "13.2.0.9"
+    own, other = (cache_key(OrtCudaEngine, file, "fp32").folder for file in (graph, plain))
+    assert own != before[0]
+    assert other == before[1]
+    installed["nvidia-cublas-cu12"] = "12.9.1.4"
+    assert cache_key(OrtCudaEngine, graph, "fp32").folder != own
 
 
 def test_a_card_that_is_too_old_is_refused(

@@ -17,14 +17,13 @@ def add_redirect_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cls", choices=("zero", "keep"))
     group.add_argument("--patches", choices=("zero", "mean", "only-outliers", "keep"))
     group.add_argument("--registers", type=at_least(1, MOST_REGISTERS), default=1, metavar="R")
-    least, most = SCALES
     group.add_argument(
         "--scale",
         type=_scale,
         nargs="+",
         metavar="S",
-        help=f"factor on the value, per register (default: 1): {least:.2g} to {most:g}, which "
-        "every precision can hold",
+        help=f"factor on the value, per register (default: 1): {_bounds()}, the normal numbers of "
+        "fp16; what a large one makes of the value may still be more than fp16 can hold",
     )
 
 
@@ -53,5 +52,11 @@ def _scale(text: str) -> float:
     least, most = SCALES
     value = number()(text)
     if not least <= value <= most:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:.2g} to {most:g}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {_bounds()}")
     return value
+
+
+def _bounds() -> str:
+    """Both ends, in full: what is printed here may be typed."""
+    least, most = SCALES
+    return f"{least!r} to {most:g}"

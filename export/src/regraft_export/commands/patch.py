@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     print(json.dumps(facts, indent=1, allow_nan=False) if args.json else "\n".join(said))
     sys.stdout.flush()
     if checked is not None:
-        checked.gate()
+        checked.gate(options)
     return 0
 
 

@@ -52,7 +52,8 @@ def difference(
 
     Returns:
         The larger of the root mean square difference of the projections of weight and bias, each
-        relative to its norm; infinite where shapes differ or values are not finite.
+        relative to its norm; infinite where shapes or numbers of projections differ, or values
+        are not finite.
     """
     if weight.ndim != 2 or sorted(weight.shape) != sorted(expected["shape"]):
         return float("inf")
@@ -60,7 +61,7 @@ def difference(
     parts = [(expected, got)]
     if expected.get("bias") is not None and got["bias"] is not None:
         parts.append((expected["bias"], got["bias"]))
-    worst = max(_relative(a, b) for a, b in parts)
+    worst = float(np.max([_relative(a, b) for a, b in parts]))  # NaN, if there is one
     return worst if np.isfinite(worst) else float("inf")
 
 
@@ -75,7 +76,10 @@ def matches(
 
 
 def _relative(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
-    apart = np.asarray(a["projections"]) - np.asarray(b["projections"])
+    given, got = (np.asarray(side["projections"], np.float64) for side in (a, b))
+    if given.shape != got.shape:  # numpy would repeat the shorter one
+        return float("inf")
+    apart = given - got
     norms = max(float(a["norm"]), float(b["norm"]))
     if norms == 0:
         return 0.0

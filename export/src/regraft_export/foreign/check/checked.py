@@ -7,6 +7,7 @@ from typing import Any
 
 from regraft.errors import GateError
 from regraft.parity import LIMITS, Comparison
+from regraft.redirect import RedirectOptions
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,15 @@ class Checked:
             "failures": self.failures,
         }
 
-    def gate(self) -> None:
-        """Raises GateError, naming every missed limit, unless the check passed."""
+    def gate(self, options: RedirectOptions) -> None:
+        """Raises GateError, naming every missed limit, unless the check passed.
+
+        Args:
+            options: of the redirect; a scale that may be the reason is named.
+        """
         if self.failures:
+            narrow = {c.graph for c in self.parity if not c.finite} == {"patched"}
             raise GateError(
-                f"the patched graph is not equal to the method: {'; '.join(self.failures)}; "
-                "nothing was written"
+                f"the patched graph is not equal to the method: {'; '.join(self.failures)}"
+                f"{options.scale_cure(self.precision) if narrow else ''}; nothing was written"
             )

@@ -21,6 +21,7 @@ from regraft.engines.ort_cuda.operators import (
     LEAST_CAPABILITY,
     LIBRARY,
     compile_library,
+    cublas_packages,
     needs_operators,
     source_sha256,
     timed_products,
@@ -98,8 +99,11 @@ class OrtCudaEngine(Engine):
 
     @classmethod
     def toolchain(cls, graph: Path) -> str:
-        """The sources of the operators, where the graph needs them."""
-        return f", operators {source_sha256()[:16]}" if needs_operators(graph) else ""
+        """The operators' sources and cuBLAS as installed by pip, where the graph needs them."""
+        if not needs_operators(graph):
+            return ""
+        parts = (f"operators {source_sha256()[:16]}", cublas_packages())
+        return "".join(f", {part}" for part in parts if part)
 
     @classmethod
     def environment(cls) -> tuple[str, str]:

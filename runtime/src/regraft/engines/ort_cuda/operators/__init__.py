@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from regraft.errors import EngineError
@@ -24,6 +25,7 @@ SUFFIX = ".operators.cuda.onnx"
 LIBRARY = "libregraft_operators.so"
 PRODUCTS = "products.txt"  # beside the library, which reads it
 LEAST_CAPABILITY = 80  # of the card
+_CUBLAS = ("nvidia-cublas", "nvidia-cublas-cu12")  # packages: of CUDA 13, of CUDA 12
 _SOURCES = Path(__file__).parent
 # Ampere, and Hopper with its intermediate code, which later cards compile when they load it.
 _CARDS = ("arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]")
@@ -44,6 +46,19 @@ def source_sha256() -> str:
     for file in sorted(f for f in _SOURCES.iterdir() if f.suffix in (".cu", ".cuh", ".h")):
         digest.update(f"{file.name}\0".encode() + file.read_bytes())
     return digest.hexdigest()
+
+
+def cublas_packages() -> str:
+    """Those that are installed, with versions, as ``nvidia-cublas 13.1.0.3``; empty if none is.
+
+    Products are chosen with the cuBLASLt of the process, and hold for that version alone. The
+    toolkit's own is not seen here: then the library compares versions when it is loaded.
+    """
+    found = []
+    for name in _CUBLAS:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(found)
 
 
 def compile_library(folder: Path) -> dict[str, str]:
