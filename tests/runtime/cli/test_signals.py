@@ -31,6 +31,11 @@ def load() -> None:
     import slow_module  # type: ignore[import-not-found]  # noqa: F401
 
 
+def load_and_wait() -> None:
+    load()
+    time.sleep(20)
+
+
 @pytest.mark.parametrize(
     ("name", "error"), [("SIGINT", KeyboardInterrupt), ("SIGTERM", SystemExit)]
 )
@@ -42,8 +47,7 @@ def test_a_signal_waits_until_the_import_is_done(
     module(f"signal.raise_signal(signal.{name}); time.sleep(0.2)")
     # It may come as soon as the import is done, so all of it is where it is expected.
     with unwinding() as seen, pytest.raises(error) as caught:
-        load()
-        time.sleep(20)
+        load_and_wait()
     assert "slow_module" in sys.modules  # an import that is interrupted leaves nothing there
     assert seen.interrupt == (name == "SIGINT")
     if isinstance(caught.value, SystemExit):
