@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -224,6 +225,19 @@ def test_a_thousand_runs_take_no_more_memory(opened: Opened) -> None:
         assert cuda.call("cudaMemGetInfo")[0] >= free - (1 << 20)
 
 
+def session_of(proto: onnx.ModelProto, folder: Path, *, optimize: bool = True) -> Any:
+    """On the card, with the operators that were compiled into a folder."""
+    ort = importlib.import_module("onnxruntime")
+    ort.preload_dlls()
+    settings = ort.SessionOptions()
+    settings.register_custom_ops_library(str(folder / LIBRARY))
+    if not optimize:
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(
+        proto.SerializeToString(), settings, providers=["CUDAExecutionProvider"]
+    )
+
+
 @pytest.mark.parametrize("kind", ["float", "float16", "bfloat16"])
 @pytest.mark.parametrize(
     ("batch", "tokens", "hidden", "neurons", "width"),
@@ -262,15 +276,8 @@ def test_operators_of_any_size(
     chosen = rng.integers(hidden, size=neurons)
     for name, value in (("n", chosen), ("signs", signs), ("down", down), ("bias", bias)):
         proto.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
-    ort = importlib.import_module("onnxruntime")
-    ort.preload_dlls()
-    settings = ort.SessionOptions()
     compile_library(tmp_path)
-    settings.register_custom_ops_library(str(tmp_path / LIBRARY))
-    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(
-        proto.SerializeToString(), settings, providers=["CUDAExecutionProvider"]
-    )
+    session = session_of(proto, tmp_path, optimize=False)
     y, u, w = session.run(["y", "u", "w"], {"h": h, "r": r})
     right, plus = 2 * r, 2 * r
     right[:, -1] += (h[:, :, chosen] * signs).max(axis=1) @ down + bias
@@ -317,19 +324,12 @@ def test_products_and_gelus_of_any_size(
     h, weight, bias = (value.astype(np.float32) for value in (h, weight, bias))
     for name, value in (("weight", weight), ("bias", bias)):
         proto.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
-    ort = importlib.import_module("onnxruntime")
-    ort.preload_dlls()
     y = h @ weight
     z = torch.nn.functional.gelu(torch.from_numpy(y + bias)).numpy()
     limit = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1.6e-2}[kind]
 
     def run(folder: Path) -> list[NDArray[np.float32]]:
-        settings = ort.SessionOptions()
-        settings.register_custom_ops_library(str(folder / LIBRARY))
-        session = ort.InferenceSession(
-            proto.SerializeToString(), settings, providers=["CUDAExecutionProvider"]
-        )
-        found = session.run(["y", "z", "g", "p", "q", "r"], {"h": h})
+        found = session_of(proto, folder).run(["y", "z", "g", "p", "q", "r"], {"h": h})
         rights = (y, y + bias, z, y + bias, -(y + bias), y)
         for got, right in zip(found, rights, strict=True):
             scale = float(np.abs(right).max())
@@ -413,14 +413,8 @@ def test_activations_write_rows_of_any_size(
     for name in weights:
         proto.graph.initializer.append(onnx.numpy_helper.from_array(v[name], name))
     proto.graph.initializer.append(onnx.numpy_helper.from_array(chosen, "n"))
-    ort = importlib.import_module("onnxruntime")
-    ort.preload_dlls()
-    settings = ort.SessionOptions()
     compile_library(tmp_path)
-    settings.register_custom_ops_library(str(tmp_path / LIBRARY))
-    session = ort.InferenceSession(
-        proto.SerializeToString(), settings, providers=["CUDAExecutionProvider"]
-    )
+    session = session_of(proto, tmp_path)
     names = [output.name for output in session.get_outputs()]
     found = dict(zip(names, session.run(names, {n: v[n] for n in "hr"}), strict=True))
     limit = {"fp32": 1e-5, "fp16": 3e-3, "bf16": 2.4e-2}[kind]

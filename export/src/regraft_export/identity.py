@@ -105,7 +105,7 @@ def _differences(found: Preprocessing, here: Preprocessing) -> Iterator[str]:
     for name in ("mean", "std", "fill"):
         a, b = getattr(found, name), getattr(here, name)
         # Libraries hold the same numbers in single and in double precision.
-        if not all(map(_close, a, b)):
+        if not all(_close(x, y) for x, y in zip(a, b, strict=True)):
             yield f"{name} {' '.join(map(str, a))}, here {' '.join(map(str, b))}"
     if not math.isclose(found.rescale, here.rescale, rel_tol=1e-6):
         yield f"rescale {found.rescale:g}, here {here.rescale:g}"

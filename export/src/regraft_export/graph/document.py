@@ -145,6 +145,11 @@ def consumers(value: gs.Tensor) -> list[gs.Node]:
     return list({id(node): node for node in value.outputs}.values())
 
 
+def maker(value: gs.Tensor) -> gs.Node | None:
+    """The node that computes a tensor; None for the graph's inputs and constants."""
+    return value.inputs[0] if value.inputs else None
+
+
 def replace_uses(
     graph: gs.Graph, old: gs.Tensor, new: gs.Tensor, *, keep: Iterable[gs.Node] = ()
 ) -> None:

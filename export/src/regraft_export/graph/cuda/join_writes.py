@@ -15,11 +15,11 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from regraft_export.graph.cuda.fuse_skip_norm import OP as SKIP_NORM
+from regraft_export.graph.cuda.own_functions import ACTIVATIONS
 from regraft_export.graph.cuda.redirect_operator import DOMAIN
-from regraft_export.graph.document import ancestors, consumers
+from regraft_export.graph.document import ancestors, consumers, maker
 
 _SUMS = ("Add", SKIP_NORM)
-_ACTIVATIONS = ("BiasedGelu", "BiasedQuickGelu", "BiasedSwiGlu")
 _PRODUCTS = ("Product", "BiasedProduct")
 _WRITES = {"AddRedirected": "Redirected", "AddRow": "Row"}
 
@@ -34,7 +34,7 @@ def join_writes(graph: gs.Graph) -> int:
         inputs = list(write.inputs)
         # A constant row belongs to the MLP whose output is added to the same residual.
         hidden = inputs.pop(0) if name == "AddRedirected" else _hidden(write.outputs[0], suffix)
-        activation = None if hidden is None else _maker(hidden, _ACTIVATIONS, suffix)
+        activation = None if hidden is None else _maker(hidden, tuple(ACTIVATIONS), suffix)
         if activation is None or _needs(activation, write, inputs[0]):
             continue
         x, bias = activation.inputs
@@ -68,7 +68,7 @@ def _hidden(total: gs.Variable, suffix: str) -> gs.Tensor | None:
 
 
 def _maker(value: gs.Tensor, names: tuple[str, ...], suffix: str) -> gs.Node | None:
-    node = value.inputs[0] if value.inputs else None
+    node = maker(value)
     if node is None or node.domain != DOMAIN:
         return None
     return node if node.op in [f"{name}_{suffix}" for name in names] else None

@@ -39,7 +39,7 @@ _BODIES = {
     ),
 }
 # Of x with its bias.
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "BiasedGelu": "hidden = Gelu (h)\n",
     "BiasedQuickGelu": "number = Constant <value_float = 1.702> ()\n"
     "factor = CastLike (number, h)\n"
@@ -51,7 +51,7 @@ _ACTIVATIONS = {
     "open = Mul (gate, part)\n"
     "hidden = Mul (open, value)\n",
 }
-for _name, _body in _ACTIVATIONS.items():
+for _name, _body in ACTIVATIONS.items():
     _body = "h = Add (x, bias)\n" + _body
     _BODIES |= {
         _name: ("(x, bias) => (hidden)", _body),

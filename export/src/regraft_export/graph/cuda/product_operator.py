@@ -19,10 +19,8 @@ import onnx_graphsurgeon as gs
 from regraft_export.graph.cuda.attention_form import Shapes
 from regraft_export.graph.cuda.fuse_attention import DOMAIN as CONTRIB
 from regraft_export.graph.cuda.fuse_bias_gelu import OP as BIAS_GELU
-from regraft_export.graph.cuda.redirect_operator import DOMAIN, SUFFIXES, operator
+from regraft_export.graph.cuda.redirect_operator import DOMAIN, MULTIPLE, SUFFIXES, operator
 from regraft_export.graph.document import consumers
-
-_MULTIPLE = 8  # values of 16 bits in what a thread reads at once
 
 
 def products_by_operator(graph: gs.Graph, shapes: Shapes) -> int:
@@ -72,7 +70,7 @@ def fits(weight: gs.Tensor, rank: int) -> bool:
     """Whether the operators take it: a constant of that rank, lengths and dtype theirs."""
     if not isinstance(weight, gs.Constant) or weight.values.ndim != rank:
         return False
-    even = all(length % _MULTIPLE == 0 for length in weight.values.shape)
+    even = all(length % MULTIPLE == 0 for length in weight.values.shape)
     return even and weight.values.dtype.name in SUFFIXES
 
 

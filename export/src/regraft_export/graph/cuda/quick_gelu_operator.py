@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from regraft_export.graph.cuda.attention_form import Shapes
 from regraft_export.graph.cuda.drop_key_bias import biased_product
 from regraft_export.graph.cuda.product_operator import fits, put, tokens_of
-from regraft_export.graph.document import consumers
+from regraft_export.graph.document import consumers, maker
 
 _FACTOR = 1.702
 
@@ -54,7 +54,7 @@ def _opened(node: gs.Node) -> gs.Variable | None:
 
 
 def _maker(value: gs.Tensor, op: str) -> gs.Node | None:
-    node = value.inputs[0] if value.inputs else None
+    node = maker(value)
     return node if node is not None and node.op == op and len(consumers(value)) == 1 else None
 
 

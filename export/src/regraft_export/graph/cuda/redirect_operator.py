@@ -22,11 +22,11 @@ from regraft_export.graph.cuda.register_write import (
     constant_writes,
     register_writes,
 )
-from regraft_export.graph.document import Editor
+from regraft_export.graph.document import Editor, maker
 
 DOMAIN = "regraft"
 MOST_NEURONS = 128  # of a layer: they travel with the kernel's call
-_MULTIPLE = 8  # values that a thread reads at once
+MULTIPLE = 8  # values that a thread reads at once
 # Names of the operators end in what their tensors are.
 SUFFIXES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -48,7 +48,7 @@ def redirect_by_operator(graph: gs.Graph, tokens: int, width: int) -> int:
         How many were rewritten.
     """
     done = 0
-    if width % _MULTIPLE:
+    if width % MULTIPLE:
         return 0
     shape: list[int | str] = ["batch", tokens, width]
     for write in list(register_writes(graph)):
@@ -129,5 +129,5 @@ def _over_tokens(node: gs.Node) -> bool:
 
 
 def _maker(value: gs.Tensor, op: str) -> gs.Node | None:
-    node = value.inputs[0] if value.inputs else None
+    node = maker(value)
     return node if node is not None and node.op == op and not node.domain else None
