@@ -241,7 +241,10 @@ def session_of(proto: onnx.ModelProto, folder: Path, *, optimize: bool = True) -
 @pytest.mark.parametrize("kind", ["float", "float16", "bfloat16"])
 @pytest.mark.parametrize(
     ("batch", "tokens", "hidden", "neurons", "width"),
-    [(1, 197, 3072, 4, 768), (3, 1371, 4096, 1, 1536), (65, 5, 64, 33, 40), (2, 50, 384, 17, 1104)],
+    [
+        *((1, 197, 3072, 4, 768), (3, 1371, 4096, 1, 1536), (65, 5, 64, 33, 40)),
+        *((2, 50, 384, 17, 1104), (8, 577, 256, 17, 72)),  # the last: 16 blocks an image
+    ],
 )
 def test_operators_of_any_size(
     kind: str, batch: int, tokens: int, hidden: int, neurons: int, width: int, tmp_path: Path
@@ -368,6 +371,7 @@ def test_products_and_gelus_of_any_size(
         *((1, 197, 3072, 4, 768), (24, 258, 4096, 1, 1536), (65, 5, 64, 33, 40)),
         *((2, 1371, 384, 17, 1104), (33, 130, 256, 40, 3200), (3, 1, 1032, 2, 384)),
         (3, 1371, 384, 128, 384),  # an odd number of rows, and the most neurons
+        *((1, 578, 512, 5, 1024), (32, 513, 256, 9, 768)),  # 5 and 4 blocks an image
     ],
 )
 def test_activations_write_rows_of_any_size(
@@ -417,6 +421,8 @@ def test_activations_write_rows_of_any_size(
     session = session_of(proto, tmp_path)
     names = [output.name for output in session.get_outputs()]
     found = dict(zip(names, session.run(names, {n: v[n] for n in "hr"}), strict=True))
+    for name, again in zip(names, session.run(names, {n: v[n] for n in "hr"}), strict=True):
+        np.testing.assert_array_equal(again, found[name])  # blocks meet anew in every run
     limit = {"fp32": 1e-5, "fp16": 3e-3, "bf16": 2.4e-2}[kind]
 
     def expect(name: str, right: NDArray[np.float32]) -> None:

@@ -1,5 +1,5 @@
 // An MLP's activation with the bias in front of it; among its blocks run some that write registers'
-// rows. They compute the few hidden units that they need anew, so that nobody waits for them.
+// rows. They compute the few hidden units that they need anew, so as not to wait for the others.
 #pragma once
 
 #include "redirect.cuh"
@@ -8,7 +8,8 @@ namespace regraft::kernels {
 
 constexpr int kFew = 128;  // threads that go along a row
 
-// In float to the last bit; where the result is rounded anyway, to two, without a branch.
+// In float to the last bit; where the result is rounded anyway, to two units in the last place,
+// without a branch.
 template <typename T>
 __device__ float divided(float a, float b) {
   return sizeof(T) == 4 ? a / b : __fdividef(a, b);
@@ -102,22 +103,22 @@ struct Activated {
 };
 
 // `y = Activation(x + bias)`, for x (rows, H or 2 H), H a multiple of 8. Of the blocks (along x),
-// the first ones write an image's row each. The others do `kRows` rows, eight columns a thread, and
-// ask for all they read together.
+// the first ones are `also`'s. The others do `kRows` rows, eight columns a thread, and ask for all
+// they read together.
 template <typename T, typename Activation, int kRows, typename Also>
-__global__ void __launch_bounds__(kFew, Also::kBlocks)
+__global__ void __launch_bounds__(kFew, Also::kRoom)
 activate(const T* __restrict__ x, const T* __restrict__ bias, T* __restrict__ y, std::int64_t rows,
          int hidden, Also also) {
   constexpr int kHalves = Activation::kHalves;
   if constexpr (Also::kAny) {
-    if (blockIdx.x < also.images) {
+    if (blockIdx.x < also.blocks()) {
       if (blockIdx.y == 0) also.write(blockIdx.x, Activated<T, Activation>{x, bias, hidden});
       return;
     }
   }
   const int column = (blockIdx.y * kFew + threadIdx.x) * 8;
   if (column >= hidden) return;
-  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x - also.images) * kRows;
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x - also.blocks()) * kRows;
   Eight<T> in[kRows][kHalves], added[kHalves];
 #pragma unroll
   for (int i = 0; i < kHalves; ++i) {

@@ -13,34 +13,50 @@
 
 namespace regraft {
 
-// Memory for algorithms to work in. The nodes of a session follow each other, so that one serves
+// Memory to work in, zero at first. The nodes of a session follow each other, so that one serves
 // all of them; what runs beside takes one of another number.
 class Workspace {
  public:
-  Workspace() = default;
+  explicit Workspace(std::size_t bytes) : bytes_(bytes) {}
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace() { cudaFree(data_); }
 
-  static std::shared_ptr<Workspace> of(cudaStream_t session, int number) {
+  static std::shared_ptr<Workspace> of(cudaStream_t session, int number, std::size_t bytes) {
     static std::mutex mutex;
     static std::map<std::pair<cudaStream_t, int>, std::weak_ptr<Workspace>> all;
     const std::lock_guard<std::mutex> lock(mutex);
     std::weak_ptr<Workspace>& known = all[{session, number}];
     std::shared_ptr<Workspace> found = known.lock();
-    if (found == nullptr) known = found = std::make_shared<Workspace>();
+    if (found == nullptr) known = found = std::make_shared<Workspace>(bytes);
     return found;
   }
 
   Text get(void** data) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (data_ == nullptr) REGRAFT_CUDA(cudaMalloc(&data_, kWorkspace));
+    if (data_ == nullptr) {
+      if (Text failed = allocate(); !failed.empty()) return failed;
+    }
     *data = data_;
     return {};
   }
 
  private:
+  Text allocate() {
+    void* fresh = nullptr;
+    REGRAFT_CUDA(cudaMalloc(&fresh, bytes_));
+    cudaError_t failed = cudaMemset(fresh, 0, bytes_);
+    if (failed == cudaSuccess) failed = cudaStreamSynchronize(nullptr);
+    if (failed != cudaSuccess) {
+      cudaFree(fresh);
+      return failed_with(failed);
+    }
+    data_ = fresh;
+    return {};
+  }
+
   std::mutex mutex_;
+  const std::size_t bytes_;
   void* data_ = nullptr;
 };
 

@@ -4,11 +4,12 @@
 //   -> sum: residual, with max over tokens of hidden[:, :, neurons] * signs, times down, added to
 //   its last token. At most 128 neurons; D a multiple of 8.
 // AddRow (residual (B, T, D), row (D,)) -> sum
-//   residual, with row added to its last token.
+//   residual, with row added to its last token. D a multiple of 8.
 // BiasedGelu, BiasedQuickGelu (x (B, T, H), bias (H,)) -> y (B, T, H)
 //   GELU by erf, in half precision to a twentieth of fp16's (see `activation.cuh`); or CLIP's.
 // BiasedSwiGlu (x (B, T, 2H), bias (2H,)) -> y (B, T, H)
-//   silu of the first half, times the second, each with its bias.
+//   silu of the first half, times the second, each with its bias. Of all activations, H is a
+//   multiple of 8.
 // BiasedGeluRedirected and so on (x, bias, residual, neurons, signs, down) -> y, sum
 // BiasedGeluRow and so on (x, bias, residual, row) -> y, sum
 //   the activation, and AddRedirected or AddRow in the same kernel; y is what they would read.
@@ -38,7 +39,7 @@ struct Own : Operator {
 const Own* own(const Operator* op) { return static_cast<const Own*>(op); }
 
 Status* create(const Operator* op, const Api* api, const ort::KernelInfo*, void** kernel) {
-  *kernel = new Kernel{api, own(op)->work, {}};
+  *kernel = new Kernel{api, own(op)->work, {}, {}};
   return nullptr;
 }
 
@@ -128,19 +129,20 @@ Own activation(const char* name, ElementType type, std::size_t inputs, Work work
 }
 
 template <typename T, typename Activation>
-constexpr Work plain = without_state<activate<T, Activation, kernels::Nothing>>;
+constexpr Work plain = small<activate<T, Activation, kernels::Nothing>>;
 template <typename T, typename Activation>
-constexpr Work with_redirect = without_state<activate<T, Activation, kernels::Redirect<T>>>;
+constexpr Work with_redirect =
+    small_with_meeting<activate<T, Activation, kernels::Redirect<T>>>;
 template <typename T, typename Activation>
-constexpr Work with_row = without_state<activate<T, Activation, kernels::Row<T>>>;
+constexpr Work with_row = small<activate<T, Activation, kernels::Row<T>>>;
 
 #define REGRAFT_ACTIVATION(suffix, type, T, name)                                                 \
   declare("Biased" #name "_" #suffix, ort::type, 2, plain<T, name>),                              \
   activation("Biased" #name "Redirected_" #suffix, ort::type, 6, with_redirect<T, name>),         \
   activation("Biased" #name "Row_" #suffix, ort::type, 4, with_row<T, name>),
 #define REGRAFT_OPERATORS(suffix, type, T)                                                        \
-  redirected("AddRedirected_" #suffix, ort::type, without_state<add_redirected<T>>),              \
-  row("AddRow_" #suffix, ort::type, without_state<add_row<T>>),                                   \
+  redirected("AddRedirected_" #suffix, ort::type, small_with_meeting<add_redirected<T>>),         \
+  row("AddRow_" #suffix, ort::type, small<add_row<T>>),                                           \
   REGRAFT_ACTIVATION(suffix, type, T, Gelu)                                                       \
   REGRAFT_ACTIVATION(suffix, type, T, QuickGelu)                                                  \
   REGRAFT_ACTIVATION(suffix, type, T, SwiGlu)                                                     \

@@ -165,7 +165,7 @@ class Products {
   // Gives each lane its stream and its memory.
   void place(int together, cudaStream_t stream, Lanes* lanes) {
     for (int i = 0; i < together; ++i) {
-      if (workspaces_[i] == nullptr) workspaces_[i] = Workspace::of(stream, i);
+      if (workspaces_[i] == nullptr) workspaces_[i] = Workspace::of(stream, i, kWorkspace);
       if (i > 0) (*lanes)[i].beside = &beside_[i];
       (*lanes)[i].workspace = workspaces_[i].get();
     }

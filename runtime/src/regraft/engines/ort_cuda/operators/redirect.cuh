@@ -1,7 +1,8 @@
 // What a register's row gets: the redirected neurons' share, or a constant.
 //
-// A block writes the row of an image. It waits for memory and does little else, so that it is best
-// run among the blocks of a kernel that has many of them: an activation's (see `activation.cuh`).
+// A block writes the row of an image, alone or as the last of several. It waits for memory and does
+// little else, so that it is best run among the blocks of a kernel that has many of them: an
+// activation's (see `activation.cuh`).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,12 +11,11 @@
 
 #include <cstdint>
 
+#include "strongest.cuh"
+
 namespace regraft::kernels {
 
-constexpr int kWarp = 32;
-constexpr int kMany = 512;     // threads of a block that does nothing else
-constexpr int kAhead = 8;      // tokens that a thread asks for at once
-constexpr int kNeurons = 128;  // of a layer, at most: they travel with the call
+constexpr int kMany = 512;  // threads of a block that does nothing else
 
 template <typename T>
 struct alignas(16) Eight {
@@ -25,71 +25,76 @@ struct alignas(16) Eight {
 // Nothing is written.
 struct Nothing {
   static constexpr bool kAny = false;
-  static constexpr int kBlocks = 0;
-  static constexpr unsigned images = 0;
+  static constexpr int kRoom = 0;
+  __host__ __device__ unsigned blocks() const { return 0; }
 };
 
-// `row` (D,), D a multiple of 8, added to the last token's row of `sum` (B, T, D).
+// Where registers' rows are: the last tokens' in `sum` (B, T, D), D a multiple of 8. What is added
+// there writes with blocks of its own, numbered from 0.
 template <typename T>
-struct Row {
+struct LastRows {
   static constexpr bool kAny = true;
-  static constexpr int kBlocks = 0;
   T* sum;
-  const T* row;
   unsigned images;
   int tokens, width;
 
+  __device__ T* row(unsigned image) const {
+    return sum + (static_cast<std::int64_t>(image + 1) * tokens - 1) * width;
+  }
+};
+
+// `added` (D,), to the rows.
+template <typename T>
+struct Row : LastRows<T> {
+  static constexpr int kRoom = 0;
+  const T* added;
+
+  __host__ __device__ unsigned blocks() const { return this->images; }
+
   template <typename Hidden>
   __device__ void write(unsigned image, const Hidden&) const {
-    T* last = sum + (static_cast<std::int64_t>(image + 1) * tokens - 1) * width;
-    for (int column = threadIdx.x * 8; column < width; column += blockDim.x * 8) {
-      const auto added = *reinterpret_cast<const Eight<T>*>(row + column);
+    T* last = this->row(image);
+    for (int column = threadIdx.x * 8; column < this->width; column += blockDim.x * 8) {
+      const auto more = *reinterpret_cast<const Eight<T>*>(added + column);
       auto eight = *reinterpret_cast<Eight<T>*>(last + column);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         eight.of[j] =
-            static_cast<T>(static_cast<float>(eight.of[j]) + static_cast<float>(added.of[j]));
+            static_cast<T>(static_cast<float>(eight.of[j]) + static_cast<float>(more.of[j]));
       }
       *reinterpret_cast<Eight<T>*>(last + column) = eight;
     }
   }
 };
 
-// The largest of an image's hidden units `neurons` times `signs`, times `down` (K, D), D a multiple
-// of 8, added to the last token's row of `sum` (B, T, D). `Hidden` tells the units. What can be
-// asked for early is: in a small batch, everything waits for memory. So neurons and signs come with
-// the call, which the card has at once.
+// What `search` finds in an image's hidden units, times `down` (K, D), to the image's row. What can
+// be asked for early is: in a small batch, everything waits for memory. So neurons and signs come
+// with the call, which the card has at once.
 template <typename T>
-struct Redirect {
-  static constexpr bool kAny = true;
-  // That a multiprocessor has to have room for. Were it for more, nvcc would save registers and ask
-  // for one token after the other.
-  static constexpr int kBlocks = 8;
-  T* sum;
+struct Redirect : LastRows<T> {
+  // Blocks that a multiprocessor has to have room for. Were it for more, nvcc would save registers
+  // and ask for one token after the other.
+  static constexpr int kRoom = 8;
   const T* down;
-  unsigned images;
-  int tokens, width, count;
-  int neurons[kNeurons];
-  float signs[kNeurons];
+  Search search;
+
+  __host__ __device__ unsigned blocks() const { return this->images * search.shares; }
 
   template <typename Hidden>
-  __device__ void write(unsigned image, const Hidden& hidden) const {
-    __shared__ float largest[kNeurons];  // (count, parts), or as many as there are warps
-    const int warps = blockDim.x / kWarp, parts = max(1, warps / count);
-    const int first = threadIdx.x * 8, step = blockDim.x * 8;
-    T* last = sum + (static_cast<std::int64_t>(image + 1) * tokens - 1) * width;
+  __device__ void write(unsigned block, const Hidden& hidden) const {
+    __shared__ float largest[kNeurons];
+    const unsigned image = block / search.shares, share = block % search.shares;
+    const int width = this->width, first = threadIdx.x * 8, step = blockDim.x * 8;
+    T* last = this->row(image);
     for (int column = first; column < width; column += step) {
-      for (int k = 0; k < count; ++k) {  // the weights come from afar
+      for (int k = share; k < search.count; k += search.shares) {  // the weights come from afar
         asm volatile("prefetch.global.L2 [%0];" ::"l"(down + k * width + column));
       }
     }
     Eight<T> eight;
     if (first < width) eight = *reinterpret_cast<Eight<T>*>(last + first);
-    for (int slot = threadIdx.x / kWarp; slot < count * parts; slot += warps) {
-      const float most = strongest(image, slot / parts, slot % parts, parts, hidden);
-      if (threadIdx.x % kWarp == 0) largest[slot] = most;
-    }
-    __syncthreads();
+    const int parts = search.find(image, share, hidden, largest);
+    if (parts == 0) return;
     for (int column = first; column < width; column += step) {
       if (column != first) eight = *reinterpret_cast<Eight<T>*>(last + column);
       add(column, parts, largest, &eight);
@@ -103,8 +108,8 @@ struct Redirect {
 #pragma unroll
     for (int j = 0; j < 8; ++j) sums[j] = static_cast<float>(to->of[j]);
 #pragma unroll 4
-    for (int k = 0; k < count; ++k) {
-      const auto weights = *reinterpret_cast<const Eight<T>*>(down + k * width + column);
+    for (int k = 0; k < search.count; ++k) {
+      const auto weights = *reinterpret_cast<const Eight<T>*>(down + k * this->width + column);
       float most = largest[k * parts];
       for (int part = 1; part < parts; ++part) most = fmaxf(most, largest[k * parts + part]);
 #pragma unroll
@@ -112,32 +117,6 @@ struct Redirect {
     }
 #pragma unroll
     for (int j = 0; j < 8; ++j) to->of[j] = static_cast<T>(sums[j]);
-  }
-
-  // Of one neuron and a part of the tokens; a neuron's parts are as many warps as there are for it.
-  template <typename Hidden>
-  __device__ float strongest(unsigned image, int k, int part, int parts,
-                             const Hidden& hidden) const {
-    const std::int64_t first = static_cast<std::int64_t>(image) * tokens;
-    const auto unit = hidden.unit(neurons[k]);
-    const float sign = signs[k];
-    const int step = parts * kWarp, lane = threadIdx.x % kWarp;
-    float most = -INFINITY;
-    for (int least = part * kWarp; least < tokens; least += kAhead * step) {
-      decltype(unit.load(first)) loaded[kAhead];
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int token = least + lane + j * step;
-        // Past the end one that is among them anyway.
-        loaded[j] = unit.load(first + (token < tokens ? token : least));
-      }
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) most = fmaxf(most, sign * unit.value(loaded[j]));
-    }
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, offset));
-    }
-    return most;
   }
 };
 
