@@ -186,12 +186,21 @@ def test_a_constant_value_gives_every_token_its_bias() -> None:
     np.testing.assert_allclose(table[9], bias.values + 3 * written, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("scale", "value"), [(65504.0, 21.0), (1.0, 1e5)])
-def test_a_constant_that_overflows_is_refused(scale: float, value: float) -> None:
+@pytest.mark.parametrize(
+    ("scale", "value", "what", "mend"),
+    [
+        (65504.0, 21.0, "they write", "give a smaller --scale, or a wider precision"),
+        (1.0, 1e5, "recorded values are", "give a wider precision"),  # no scale would help
+    ],
+)
+def test_a_constant_that_overflows_is_refused(
+    scale: float, value: float, what: str, mend: str
+) -> None:
     options = RedirectOptions("constant", scale=(scale,))
     graph, down, _ = projection(dtype=np.float16)
     said = (
-        r"layer 3: value = constant writes numbers up to [1-9].*e\+0\d, which float16 cannot hold"
+        rf"^layer 3, value = constant: {what} numbers up to [1-9].*e\+0\d, which float16 cannot "
+        rf"hold; {mend}$"
     )
     with pytest.raises(InputError, match=said):
         redirect_neurons(graph, down, [RegisterNeuron(3, 1, value=value)], options, layout(options))
