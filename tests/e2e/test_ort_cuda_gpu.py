@@ -214,6 +214,7 @@ def test_serve_answers_while_it_reads_the_model_anew(built: Bundle) -> None:
 
 
 def test_a_thousand_runs_take_no_more_memory(opened: Opened) -> None:
+    """The card tells what is free of all of it: nothing else may run there meanwhile."""
     cuda = Cuda(engine="ort-cuda")
     batches = [pictures.pixels(count, bundles.SIZE) for count in (1, 2, 3, 5, 12)]
     with opened() as engine:
