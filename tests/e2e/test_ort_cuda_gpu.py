@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import shutil
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
-import onnx.parser
 import pytest
-import torch
 from numpy.typing import NDArray
 from tests.support import bundles, constants, graphs, models, pictures
 from tests.support.families import cases, planted_module, units_of
@@ -26,12 +20,9 @@ from regraft.bundle import Bundle
 from regraft.engines import Engine, EngineOptions, open_engine
 from regraft.engines.cuda_runtime import Cuda
 from regraft.engines.ort_cuda.operators import (
-    LIBRARY,
-    PRODUCTS,
     SUFFIX,
     compile_library,
     needs_operators,
-    timed_products,
 )
 from regraft.errors import GateError
 from regraft.neurons import Neurons, RegisterNeuron
@@ -224,226 +215,3 @@ def test_a_thousand_runs_take_no_more_memory(opened: Opened) -> None:
         for turn in range(1000):
             engine.run(batches[turn % len(batches)])
         assert cuda.call("cudaMemGetInfo")[0] >= free - (1 << 20)
-
-
-def session_of(proto: onnx.ModelProto, folder: Path, *, optimize: bool = True) -> Any:
-    """On the card, with the operators that were compiled into a folder."""
-    ort = importlib.import_module("onnxruntime")
-    ort.preload_dlls()
-    settings = ort.SessionOptions()
-    settings.register_custom_ops_library(str(folder / LIBRARY))
-    if not optimize:
-        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return ort.InferenceSession(
-        proto.SerializeToString(), settings, providers=["CUDAExecutionProvider"]
-    )
-
-
-@pytest.mark.parametrize("kind", ["float", "float16", "bfloat16"])
-@pytest.mark.parametrize(
-    ("batch", "tokens", "hidden", "neurons", "width"),
-    [
-        *((1, 197, 3072, 4, 768), (3, 1371, 4096, 1, 1536), (65, 5, 64, 33, 40)),
-        *((2, 50, 384, 17, 1104), (8, 577, 256, 17, 72)),  # the last: 16 blocks an image
-    ],
-)
-def test_operators_of_any_size(
-    kind: str, batch: int, tokens: int, hidden: int, neurons: int, width: int, tmp_path: Path
-) -> None:
-    """Against numpy, in place and not (the residual is an output, too)."""
-    suffix = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16"}[kind]
-    rng = np.random.default_rng(tokens)
-    number = {"float": 1, "float16": 10, "bfloat16": 16}[kind]
-    nodes = f"""a = Cast<to = {number}>(h) b = Cast<to = {number}>(r) s = Cast<to = {number}>(signs)
-    d = Cast<to = {number}>(down) c = Cast<to = {number}>(bias) twice = Add(b, b)
-    one = regraft.AddRedirected_{suffix}(a, twice, n, s, d) two = regraft.AddRow_{suffix}(one, c)
-    other = regraft.AddRow_{suffix}(b, c) back = Add(b, other)
-    x = Concat<axis = 2>(b, b) cc = Concat<axis = 0>(c, c) z = regraft.BiasedSwiGlu_{suffix}(x, cc)
-    y = Cast<to = 1>(two) u = Cast<to = 1>(back) w = Cast<to = 1>(z)"""
-    shape = f"float[b, {tokens}, {width}]"
-    proto = onnx.parser.parse_model(
-        f"""<ir_version: 10, opset_import: ["" : 20, "regraft" : 1]>
-        g (float[b, {tokens}, {hidden}] h, {shape} r) => ({shape} y, {shape} u, {shape} w)
-        {{ {nodes} }}"""
-    )
-    h, r, signs, down, bias = (
-        rng.integers(-8, 9, size).astype(np.float32) / 8  # exact in all types
-        for size in (
-            (batch, tokens, hidden),
-            (batch, tokens, width),
-            neurons,
-            (neurons, width),
-            width,
-        )
-    )
-    signs = np.where(signs < 0, -1, 1).astype(np.float32)
-    chosen = rng.integers(hidden, size=neurons)
-    for name, value in (("n", chosen), ("signs", signs), ("down", down), ("bias", bias)):
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
-    compile_library(tmp_path)
-    session = session_of(proto, tmp_path, optimize=False)
-    y, u, w = session.run(["y", "u", "w"], {"h": h, "r": r})
-    right, plus = 2 * r, 2 * r
-    right[:, -1] += (h[:, :, chosen] * signs).max(axis=1) @ down + bias
-    plus[:, -1] += bias
-    opened = r + bias
-    limit = {"float": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}[kind]
-    np.testing.assert_allclose(y, right, rtol=limit, atol=limit)
-    np.testing.assert_allclose(u, plus, rtol=limit, atol=limit)
-    np.testing.assert_allclose(
-        w, opened / (1 + np.exp(-opened)) * opened, rtol=2 * limit, atol=2 * limit
-    )
-
-
-@pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize(
-    ("batch", "tokens", "inner", "columns"),
-    [(1, 197, 768, 3072), (3, 1371, 1536, 384), (65, 5, 64, 40), (2, 258, 8, 1104)],
-)
-def test_products_and_gelus_of_any_size(
-    kind: str, batch: int, tokens: int, inner: int, columns: int, tmp_path: Path
-) -> None:
-    """Against numpy: as they come, timed, and as another library reads what was chosen."""
-    number = {"fp32": 1, "fp16": 10, "bf16": 16}[kind]
-    proto = onnx.parser.parse_model(
-        f"""<ir_version: 10, opset_import: ["" : 20, "regraft" : 1]>
-        g (float[b, {tokens}, {inner}] h) => (float[b, {tokens}, {columns}] y,
-           float[b, {tokens}, {columns}] z, float[b, {tokens}, {columns}] g,
-           float[b, {tokens}, {columns}] p, float[b, {tokens}, {columns}] q,
-           float[b, {tokens}, {columns}] r) {{
-          x = Cast<to = {number}>(h) w = Cast<to = {number}>(weight) c = Cast<to = {number}>(bias)
-          one = regraft.Product_{kind}(x, w) two = regraft.BiasedProduct_{kind}(x, w, c)
-          three = regraft.BiasedGelu_{kind}(one, c)
-          m = Neg(weight) n = Neg(bias) v = Cast<to = {number}>(m) d = Cast<to = {number}>(n)
-          i, j, k = regraft.ThreeProducts2Biased_{kind}(x, w, v, w, c, d)
-          y = Cast<to = 1>(one) z = Cast<to = 1>(two) g = Cast<to = 1>(three)
-          p = Cast<to = 1>(i) q = Cast<to = 1>(j) r = Cast<to = 1>(k) }}"""
-    )
-    rng = np.random.default_rng(tokens)
-    # Exact in all types, but their sums depend on the order, and so on the algorithm.
-    h, weight, bias = (
-        rng.integers(-128, 128, size) * np.exp2(rng.integers(-15, -6, size)).astype(np.float32)
-        for size in ((batch, tokens, inner), (inner, columns), columns)
-    )
-    h, weight, bias = (value.astype(np.float32) for value in (h, weight, bias))
-    for name, value in (("weight", weight), ("bias", bias)):
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
-    y = h @ weight
-    z = torch.nn.functional.gelu(torch.from_numpy(y + bias)).numpy()
-    limit = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1.6e-2}[kind]
-
-    def run(folder: Path) -> list[NDArray[np.float32]]:
-        found = session_of(proto, folder).run(["y", "z", "g", "p", "q", "r"], {"h": h})
-        rights = (y, y + bias, z, y + bias, -(y + bias), y)
-        for got, right in zip(found, rights, strict=True):
-            scale = float(np.abs(right).max())
-            np.testing.assert_allclose(got, right, rtol=limit, atol=limit * scale)
-        return list(found)
-
-    first, second = tmp_path / "first", tmp_path / "second"
-    for folder in (first, second):
-        folder.mkdir()
-        compile_library(folder)
-    run(first)
-    with timed_products(first):
-        timed = run(first)
-    lines = (first / PRODUCTS).read_text().splitlines()
-    assert lines[1] == "3 sizes"  # with a bias and without, and three at once
-    assert len(lines) == 5
-    shutil.copy(first / PRODUCTS, second)
-    for got, expected in zip(run(second), timed, strict=True):
-        np.testing.assert_array_equal(got, expected)
-    (second / PRODUCTS).write_text("cublasLt 1\n")
-    third = tmp_path / "third"
-    shutil.copytree(second, third)
-    with pytest.raises(Exception, match=r"with cuBLASLt 1, and this is .*build --force again"):
-        run(third)
-    (second / PRODUCTS).write_text("\n".join(lines[:-1]))
-    fourth = tmp_path / "fourth"
-    shutil.copytree(second, fourth)
-    with pytest.raises(Exception, match="is cut off or damaged"):
-        run(fourth)
-
-
-@pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize(
-    ("batch", "tokens", "hidden", "neurons", "width"),
-    [
-        *((1, 197, 3072, 4, 768), (24, 258, 4096, 1, 1536), (65, 5, 64, 33, 40)),
-        *((2, 1371, 384, 17, 1104), (33, 130, 256, 40, 3200), (3, 1, 1032, 2, 384)),
-        (3, 1371, 384, 128, 384),  # an odd number of rows, and the most neurons
-        *((1, 578, 512, 5, 1024), (32, 513, 256, 9, 768)),  # 5 and 4 blocks an image
-    ],
-)
-def test_activations_write_rows_of_any_size(
-    kind: str, batch: int, tokens: int, hidden: int, neurons: int, width: int, tmp_path: Path
-) -> None:
-    """Against numpy, in place and not (the residual is an output, too)."""
-    number = {"fp32": 1, "fp16": 10, "bf16": 16}[kind]
-    weights = ("bias", "long", "down", "row", "signs")
-    lines = [f"{name}0 = Cast<to = {number}>({name})" for name in (*weights, "h", "r")]
-    lines += ["hh = Concat<axis = 2>(h0, h0)", f"p = regraft.BiasedQuickGelu_{kind}(h0, bias0)"]
-    units, sums = {"p": hidden}, {"b": width}
-    for one, op in (
-        ("g", "Gelu(h0, bias0"),
-        ("q", "QuickGelu(h0, bias0"),
-        ("s", "SwiGlu(hh, long0"),
-    ):
-        name, inputs = op.split("(")
-        for how, what in (("kept", "Redirected"), ("twice", "Redirected"), ("row", "Row")):
-            y, residual = f"{one}{how}", "r0"  # which is an output, too: it has to stay
-            if how != "kept":
-                residual = f"{y}r"
-                lines += [f"{residual} = Add(r0, r0)"]
-            more = "row0" if what == "Row" else "n, signs0, down0"
-            lines += [
-                f"{y}, {y}t = regraft.Biased{name}{what}_{kind}({inputs}, {residual}, {more})"
-            ]
-            units[y], sums[f"{y}t"] = hidden, width
-    lines += ["b = Identity(r0)"]
-    outputs = {**units, **sums}
-    lines += [f"{name}1 = Cast<to = 1>({name})" for name in outputs]
-    ports = [f"float[b, {tokens}, {length}] {name}1" for name, length in outputs.items()]
-    proto = onnx.parser.parse_model(
-        f"""<ir_version: 10, opset_import: ["" : 20, "regraft" : 1]>
-        g (float[b, {tokens}, {hidden}] h, float[b, {tokens}, {width}] r)
-        => ({", ".join(ports)}) {{ {" ".join(lines)} }}"""
-    )
-    rng = np.random.default_rng(tokens)
-    shapes = {"h": (batch, tokens, hidden), "r": (batch, tokens, width), "bias": (hidden,)}
-    shapes |= {"long": (2 * hidden,), "down": (neurons, width), "row": (width,)}
-    v = {n: rng.integers(-16, 17, s).astype(np.float32) / 8 for n, s in shapes.items()}
-    v["signs"] = np.where(rng.integers(2, size=neurons) > 0, 1, -1).astype(np.float32)
-    chosen = rng.choice(hidden, size=neurons, replace=False)
-    for name in weights:
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(v[name], name))
-    proto.graph.initializer.append(onnx.numpy_helper.from_array(chosen, "n"))
-    compile_library(tmp_path)
-    session = session_of(proto, tmp_path)
-    names = [output.name for output in session.get_outputs()]
-    found = dict(zip(names, session.run(names, {n: v[n] for n in "hr"}), strict=True))
-    for name, again in zip(names, session.run(names, {n: v[n] for n in "hr"}), strict=True):
-        np.testing.assert_array_equal(again, found[name])  # blocks meet anew in every run
-    limit = {"fp32": 1e-5, "fp16": 3e-3, "bf16": 2.4e-2}[kind]
-
-    def expect(name: str, right: NDArray[np.float32]) -> None:
-        scale = float(np.abs(right).max())
-        np.testing.assert_allclose(found[f"{name}1"], right, rtol=limit, atol=limit * scale)
-
-    x, gate = v["h"] + v["bias"], v["h"] + v["long"][:hidden]
-    right = {
-        "g": torch.nn.functional.gelu(torch.from_numpy(x)).numpy(),
-        "q": x / (1 + np.exp(-1.702 * x)),
-        "s": gate / (1 + np.exp(-gate)) * (v["h"] + v["long"][hidden:]),
-    }
-    expect("p", right["q"])
-    for name, activated in right.items():
-        # Of what was written, so that a redirected value is a value of the graph.
-        most = (found[f"{name}kept1"][:, :, chosen] * v["signs"]).max(axis=1)
-        rows = {"kept": most @ v["down"], "twice": most @ v["down"], "row": v["row"]}
-        for how, row in rows.items():
-            expect(f"{name}{how}", activated)
-            total = v["r"] * (1 if how == "kept" else 2)
-            total[:, -1] += row
-            expect(f"{name}{how}t", total)
-    np.testing.assert_array_equal(found["b1"], v["r"])
