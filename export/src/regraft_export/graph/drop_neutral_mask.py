@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from regraft_export.graph.document import consumers, replace_uses
+from regraft_export.graph.document import consumers, maker, replace_uses
 from regraft_export.graph.value_bounds import bounds
 
 _PASSES = frozenset(["Cast", "Identity"])
@@ -131,7 +131,7 @@ def _drop_guards(graph: gs.Graph, scores: gs.Tensor) -> list[Dropped]:
         p = softmax.outputs[0]
         for where in (n for n in consumers(p) if n.op == "Where"):
             condition, replacement, kept = where.inputs
-            asks = condition.inputs[0] if condition.inputs else None
+            asks = maker(condition)
             guards = asks is not None and asks.op == "IsNaN" and asks.inputs[0] is p
             if kept is p and guards and _adds_nothing(replacement):
                 dropped.append(_bypass(graph, where, p))

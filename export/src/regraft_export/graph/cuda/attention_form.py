@@ -17,7 +17,7 @@ from regraft_export.graph.cuda.layout import (
     moved_from,
     scalar_factor,
 )
-from regraft_export.graph.document import consumers
+from regraft_export.graph.document import consumers, maker
 
 Shapes = Mapping[str, tuple[object, ...]]
 
@@ -85,7 +85,7 @@ def attention_at(
     scores, scale = softmax.inputs[0], 1.0
     while scores.inputs and (factor := scalar_factor(scores.inputs[0])) is not None:
         scores, scale = factor[0], scale * factor[1]
-    product = scores.inputs[0] if scores.inputs else None
+    product = maker(scores)
     if product is None or product.op != "MatMul":
         op = "an input" if product is None else product.op
         return f"its scores come from {op}, not from one MatMul (a mask, a bias or a cap?)"
@@ -168,7 +168,7 @@ def linear_at(value: gs.Tensor) -> tuple[gs.Node | None, gs.Constant | None]:
 
     None and None for anything else.
     """
-    node = value.inputs[0] if value.inputs else None
+    node = maker(value)
     bias = None
     if node is not None and node.op == "Add":
         bias = next((t for t in node.inputs if isinstance(t, gs.Constant)), None)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from regraft_export.graph.cuda.fuse_attention import OP
 from regraft_export.graph.cuda.join_constants import KEY, joined, without_bias
-from regraft_export.graph.document import consumers
+from regraft_export.graph.document import consumers, maker
 
 
 def drop_key_bias(graph: gs.Graph) -> int:
@@ -41,14 +41,14 @@ def unbiased(graph: gs.Graph, value: gs.Tensor) -> tuple[gs.Variable, NDArray[np
 
 def biased_product(value: gs.Tensor) -> tuple[gs.Variable, gs.Constant] | None:
     """The MatMul's output and the bias (N,) whose sum a tensor is; None for anything else."""
-    add = value.inputs[0] if value.inputs else None
+    add = maker(value)
     if add is None or add.op != "Add":
         return None
     bias = next((t for t in add.inputs if isinstance(t, gs.Constant)), None)
     product = next((t for t in add.inputs if isinstance(t, gs.Variable)), None)
     if bias is None or product is None or bias.values.ndim != 1:
         return None
-    made_by = product.inputs[0] if product.inputs else None
+    made_by = maker(product)
     if made_by is None or made_by.op != "MatMul":
         return None
     if not isinstance(made_by.inputs[1], gs.Constant):

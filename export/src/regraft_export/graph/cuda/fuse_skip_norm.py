@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import onnx_graphsurgeon as gs
 
 from regraft_export.graph.cuda.fuse_attention import DOMAIN
-from regraft_export.graph.document import consumers
+from regraft_export.graph.document import consumers, maker
 
 OP = "SkipLayerNormalization"
 Shape = tuple[object, ...]
@@ -34,7 +34,7 @@ def fuse_skip_norm(graph: gs.Graph, shapes: Mapping[str, Shape]) -> int:
     fused = 0
     for node in [n for n in graph.nodes if n.op == "LayerNormalization"]:
         total = node.inputs[0]
-        add = total.inputs[0] if total.inputs else None
+        add = maker(total)
         if add is None or add.op != "Add" or not _plain(node):
             continue
         sides = _sides(add, shapes)
@@ -73,7 +73,7 @@ def _sides(add: gs.Node, shapes: Mapping[str, Shape]) -> tuple[gs.Tensor, gs.Ten
 
 def _bias(value: gs.Tensor) -> tuple[gs.Variable, gs.Constant] | None:
     """What a bias (D,) is added to, and the bias, if nobody else reads the sum."""
-    add = value.inputs[0] if value.inputs else None
+    add = maker(value)
     if add is None or add.op != "Add" or len(consumers(value)) != 1:
         return None
     bias = next((t for t in add.inputs if isinstance(t, gs.Constant)), None)

@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 from regraft_export.graph.cuda.attention_form import Shapes
 from regraft_export.graph.cuda.drop_key_bias import biased_product
 from regraft_export.graph.cuda.redirect_operator import DOMAIN, operator
-from regraft_export.graph.document import Editor, consumers
+from regraft_export.graph.document import Editor, consumers, maker
 
 
 def gate_by_operator(graph: gs.Graph, tokens: int, shapes: Shapes) -> int:
@@ -67,12 +67,12 @@ def _halves(product: gs.Node) -> tuple[gs.Variable, gs.Variable] | None:
 
 def _gate(value: gs.Tensor) -> gs.Variable | None:
     """``x`` of ``x * Sigmoid (x)``."""
-    node = value.inputs[0] if value.inputs else None
+    node = maker(value)
     if node is None or node.op != "Mul":
         return None
     for slot in (0, 1):
         x, other = node.inputs[slot], node.inputs[1 - slot]
-        sigmoid = other.inputs[0] if other.inputs else None
+        sigmoid = maker(other)
         if sigmoid is not None and sigmoid.op == "Sigmoid" and sigmoid.inputs[0] is x:
             single = len(consumers(other)) == 1 and isinstance(x, gs.Variable)
             return x if single else None
@@ -81,7 +81,7 @@ def _gate(value: gs.Tensor) -> gs.Variable | None:
 
 def _packed(gate: gs.Variable, value: gs.Variable) -> tuple[gs.Variable, gs.Constant] | None:
     """The product whose Split gives both halves, gate first, and its bias."""
-    split = gate.inputs[0] if gate.inputs else None
+    split = maker(gate)
     if split is None or split.op != "Split" or split.attrs.get("axis", 0) not in (2, -1):
         return None
     if len(split.outputs) != 2 or split.outputs[0] is not gate or split.outputs[1] is not value:

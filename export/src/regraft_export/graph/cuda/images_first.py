@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from regraft.tokens import TokenLayout
 from regraft_export.graph.cuda.attention_form import linear_at
 from regraft_export.graph.cuda.layout import BATCH, chain_to, indices_of
-from regraft_export.graph.document import Editor, consumers
+from regraft_export.graph.document import Editor, consumers, maker
 
 _EXCHANGE = [1, 0, 2]
 
@@ -114,7 +114,7 @@ def _leave(graph: gs.Graph, exchange: gs.Node, layout: TokenLayout) -> int:
 
 def _product_at(value: gs.Variable) -> _Product | None:
     """The product that a tensor is, by Gemm, or by MatMul with or without Add."""
-    node = value.inputs[0] if value.inputs else None
+    node = maker(value)
     if node is None:
         return None
     if node.op == "Gemm":

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from regraft.errors import RewriteError
 from regraft_export.graph.cuda.fuse_attention import OP
 from regraft_export.graph.cuda.known_shapes import images_shape
-from regraft_export.graph.document import Editor, consumers, dtype_of
+from regraft_export.graph.document import Editor, consumers, dtype_of, maker
 from regraft_export.register_constants import RegisterConstants
 
 KEY, VALUE = 1, 2
@@ -78,11 +78,11 @@ def join_constants(graph: gs.Graph, constants: RegisterConstants) -> int:
 
 def joined(value: gs.Tensor) -> Joined | None:
     """What :func:`join_constants` made; None for anything else."""
-    node = value.inputs[0] if value.inputs else None
+    node = maker(value)
     if node is None or node.op != "Concat" or node.attrs["axis"] != _TOKENS:
         return None
     tokens, *rest = node.inputs
-    made_by = rest[0].inputs[0] if len(rest) == 1 and rest[0].inputs else None
+    made_by = maker(rest[0]) if len(rest) == 1 else None
     if made_by is None or made_by.op != "Expand" or not isinstance(made_by.inputs[0], gs.Constant):
         return None
     return Joined(node, tokens, made_by.inputs[0])

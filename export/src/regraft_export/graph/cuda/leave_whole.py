@@ -21,7 +21,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from regraft.engines.parts import Part
-from regraft_export.graph.document import Editor, consumers, dtype_of
+from regraft_export.graph.document import Editor, consumers, dtype_of, maker
 
 WHOLE = "regraft.whole"
 
@@ -57,9 +57,9 @@ def leave_whole(graph: gs.Graph, tokens: int) -> dict[str, Part]:
 
 def _cut(output: gs.Variable, tokens: int) -> tuple[gs.Node, int, int] | None:
     """The Slice over tokens behind an output, and its bounds."""
-    node = output.inputs[0] if output.inputs else None
+    node = maker(output)
     if node is not None and node.op == "Cast":
-        node = node.inputs[0].inputs[0] if node.inputs[0].inputs else None
+        node = maker(node.inputs[0])
     if node is None or node.op != "Slice" or not node.name.startswith("regraft.cut."):
         return None
     bounds = [t.values.tolist() for t in node.inputs[1:] if isinstance(t, gs.Constant)]

@@ -13,6 +13,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from regraft_export.graph.document import maker
+
 
 @dataclass(frozen=True)
 class RegisterWrite:
@@ -40,11 +42,11 @@ def register_writes(graph: gs.Graph) -> Iterator[RegisterWrite]:
     for add in [node for node in graph.nodes if node.op == "Add"]:
         for slot in (0, 1):
             placed, alone = add.inputs[slot], add.inputs[1 - slot]
-            maker = placed.inputs[0] if placed.inputs else None
-            if maker is None or maker.op != "Mul" or not isinstance(alone, gs.Variable):
+            made_by = maker(placed)
+            if made_by is None or made_by.op != "Mul" or not isinstance(alone, gs.Variable):
                 continue
-            column = next((t for t in maker.inputs if isinstance(t, gs.Constant)), None)
-            row = next((t for t in maker.inputs if isinstance(t, gs.Variable)), None)
+            column = next((t for t in made_by.inputs if isinstance(t, gs.Constant)), None)
+            row = next((t for t in made_by.inputs if isinstance(t, gs.Variable)), None)
             if column is None or row is None or (found := on_last_tokens(column)) is None:
                 continue
             yield RegisterWrite(add, alone, row, *found, dtype=column.values.dtype)

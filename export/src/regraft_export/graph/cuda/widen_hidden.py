@@ -31,7 +31,7 @@ from regraft_export.graph.cuda.register_write import (
     constant_writes,
     register_writes,
 )
-from regraft_export.graph.document import Editor, consumers
+from regraft_export.graph.document import Editor, consumers, maker
 
 MULTIPLE = 64  # of widths that products like; k is filled up to it
 
@@ -69,17 +69,17 @@ def widen_hidden(graph: gs.Graph, tokens: int) -> int:
 
 
 def _widen_measured(graph: gs.Graph, write: RegisterWrite) -> bool:
-    maker = write.row.inputs[0] if write.row.inputs else None
-    if maker is None or maker.op != "MatMul" or not isinstance(maker.inputs[1], gs.Constant):
+    made_by = maker(write.row)
+    if made_by is None or made_by.op != "MatMul" or not isinstance(made_by.inputs[1], gs.Constant):
         return False
-    lone = write.alone.inputs[0] if write.alone.inputs else None
+    lone = maker(write.alone)
     if lone is not None and lone.op == "Add":
         biased = biased_product(write.alone)
         lone = biased[0].inputs[0] if biased else None
     if lone is None or (mlp := _mlp(lone)) is None:
         return False
     editor, stem = Editor(graph), f"{lone.name}.wide"
-    value, rows = maker.inputs[0], maker.inputs[1].values
+    value, rows = made_by.inputs[0], made_by.inputs[1].values
     if len(write.scales) > 1 or write.scales[0] != 1:
         scales = write.scales[None, :, None].astype(write.dtype)
         value = editor.node("Mul", f"{stem}.scales", [value, editor.constant(f"{stem}.by", scales)])
@@ -87,13 +87,13 @@ def _widen_measured(graph: gs.Graph, write: RegisterWrite) -> bool:
     m = _grow(editor, stem, mlp, rows)
     places = _places(editor, write.first, registers, m, k)
     mlp.down.inputs[0] = editor.node("ScatterND", f"{stem}.write", [mlp.hidden, places, value])
-    y, maker = write.add.outputs[0], write.alone.inputs[0]
-    write.add.outputs, maker.outputs = [], [y]
+    y, made_by = write.add.outputs[0], write.alone.inputs[0]
+    write.add.outputs, made_by.outputs = [], [y]
     return True
 
 
 def _widen_constant(graph: gs.Graph, write: ConstantWrite) -> bool:
-    lone = write.product.inputs[0] if write.product.inputs else None
+    lone = maker(write.product)
     if lone is None or lone.op != "MatMul" or (mlp := _mlp(lone, alone=True)) is None:
         return False
     editor, stem = Editor(graph), f"{lone.name}.wide"
@@ -127,7 +127,7 @@ def _mlp(down: gs.Node, *, alone: bool = False) -> _Mlp | None:
 
 def _before_activation(hidden: gs.Variable) -> gs.Variable | None:
     """The input of an elementwise activation with f(0) = 0."""
-    node = hidden.inputs[0] if hidden.inputs else None
+    node = maker(hidden)
     if node is None:
         return None
     if node.op in ("Gelu", "Relu"):
