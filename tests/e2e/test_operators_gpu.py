@@ -37,6 +37,11 @@ def session_of(proto: onnx.ModelProto, folder: Path, *, optimize: bool = True) -
     )
 
 
+def assert_near(got: NDArray[np.float32], right: NDArray[np.float32], limit: float) -> None:
+    """Relative to each number, or to the largest."""
+    np.testing.assert_allclose(got, right, rtol=limit, atol=limit * float(np.abs(right).max()))
+
+
 @pytest.mark.parametrize("kind", ["float", "float16", "bfloat16"])
 @pytest.mark.parametrize(
     ("batch", "tokens", "hidden", "neurons", "width"),
@@ -134,8 +139,7 @@ def test_products_and_gelus_of_any_size(
         found = session_of(proto, folder).run(["y", "z", "g", "p", "q", "r"], {"h": h})
         rights = (y, y + bias, z, y + bias, -(y + bias), y)
         for got, right in zip(found, rights, strict=True):
-            scale = float(np.abs(right).max())
-            np.testing.assert_allclose(got, right, rtol=limit, atol=limit * scale)
+            assert_near(got, right, limit)
         return list(found)
 
     first, second = tmp_path / "first", tmp_path / "second"
@@ -225,12 +229,10 @@ def test_activations_write_rows_of_any_size(
     for few in (1, batch):  # blocks meet anew in every run, and other numbers of them
         some = session.run(names, {n: v[n][:few] for n in "hr"})
         for name, again in zip(names, some, strict=True):
-            scale = float(np.abs(found[name]).max())
-            np.testing.assert_allclose(again, found[name][:few], rtol=limit, atol=limit * scale)
+            assert_near(again, found[name][:few], limit)
 
     def expect(name: str, right: NDArray[np.float32]) -> None:
-        scale = float(np.abs(right).max())
-        np.testing.assert_allclose(found[f"{name}1"], right, rtol=limit, atol=limit * scale)
+        assert_near(found[f"{name}1"], right, limit)
 
     x, gate = v["h"] + v["bias"], v["h"] + v["long"][:hidden]
     right = {

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from regraft_export.graph.document import Editor, consumers, replace_uses
+from regraft_export.graph.document import Editor, consumers, maker, replace_uses
 
 ROUNDING = 1e-3  # relative Frobenius error of a scaled weight; fp16 has 3e-4, bf16 2e-3
 _LIMITS = {2: ROUNDING, 4: 1e-6}  # by bytes of the type
@@ -71,9 +71,9 @@ def _scaled_product(node: gs.Node) -> tuple[gs.Node, gs.Node | None, gs.Constant
     if gamma is None or inner is None or gamma.values.ndim != 1 or gamma.values.size == 1:
         return None
     add = None
-    maker = inner.inputs[0] if inner.inputs and len(consumers(inner)) == 1 else None
-    if maker is not None and maker.op == "Add":
-        add = maker
+    made_by = maker(inner) if len(consumers(inner)) == 1 else None
+    if made_by is not None and made_by.op == "Add":
+        add = made_by
         if not any(
             isinstance(t, gs.Constant) and t.values.shape == gamma.values.shape for t in add.inputs
         ):
@@ -81,12 +81,12 @@ def _scaled_product(node: gs.Node) -> tuple[gs.Node, gs.Node | None, gs.Constant
         product = next((t for t in add.inputs if isinstance(t, gs.Variable)), None)
         if product is None or not product.inputs or len(consumers(product)) != 1:
             return None
-        maker = product.inputs[0]
-    if maker is None or maker.op != "MatMul" or not isinstance(maker.inputs[1], gs.Constant):
+        made_by = product.inputs[0]
+    if made_by is None or made_by.op != "MatMul" or not isinstance(made_by.inputs[1], gs.Constant):
         return None
-    weight = maker.inputs[1].values
+    weight = made_by.inputs[1].values
     fits = weight.ndim == 2 and weight.shape[1] == gamma.values.size
-    return (maker, add, gamma) if fits else None
+    return (made_by, add, gamma) if fits else None
 
 
 def _scaled(weight: NDArray[np.generic], gamma: NDArray[np.generic]) -> NDArray[np.generic] | None:
