@@ -35,7 +35,7 @@ def rows_of(cell: dict[str, Any]) -> list[str]:
         f"{cell['model']}, {size}, {cell['tokens']} tokens, {cell['blocks']} blocks, "
         f"{cell['precision']}, batch "
         f"{cell['batch']}, {cell['neurons']} neurons in layers {cell['touched_layers']}, "
-        f"{cell['engine'].get('device', cell['clocks'])}, "
+        f"{cell.get('engine', {}).get('device', cell['clocks'])}, "
         f"operators {cell.get('operators', 'of an earlier version')}",
         "",
         "| rival | ms | single run (p99) | over baseline | hooks over it | images/s | MiB |",

@@ -19,8 +19,8 @@ import torch
 
 from benchmarks import vits
 from benchmarks.cuda_graphs import BASELINE, OUTPUT, open_cuda, write_forms
-from benchmarks.cuda_overhead import FORMS as ALL
-from benchmarks.cuda_overhead import OWN_BASELINE
+from benchmarks.cuda_rivals import FORMS as ALL
+from benchmarks.cuda_rivals import OWN_BASELINE
 from benchmarks.extract import pictures
 from benchmarks.machine import RESULTS, circumstances, write_results
 from regraft.engines import Engine
