@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument(
         "--close-seconds",
         type=float,
-        help="of them, for the close comparison of graphs with operators (default: --seconds)",
+        help="for the close comparison of graphs with operators (default: --seconds)",
     )
     parser.add_argument("--rounds", type=int, default=20, help="per batch size, at least")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
@@ -89,7 +89,8 @@ def main() -> None:
             _export(folder, vit, neurons, args)
         vit.module.cuda()
         for batch in args.batch_sizes:
-            cell = _Cell(folder, vit, neurons, batch, args).measure()
+            rivals = partial(Rivals, folder, vit, neurons, batch, args.precision)
+            cell = _Cell(rivals, vit, batch, args).measure()
             keep(args.out, cell)
             _forget_memory()
             print("\n".join(rows_of(cell)), flush=True)
@@ -109,14 +110,12 @@ class _Cell:
 
     def __init__(
         self,
-        folder: Path,
+        make: Callable[[], Rivals],  # which may find no memory
         vit: VisionTransformer,
-        neurons: Neurons,
         batch: int,
         args: argparse.Namespace,
     ) -> None:
-        self.folder, self.vit, self.neurons = folder, vit, neurons
-        self.batch, self.args = batch, args
+        self.make, self.vit, self.batch, self.args = make, vit, batch, args
         self.failures: dict[str, str] = {}
 
     def measure(self) -> dict[str, Any]:
@@ -132,11 +131,14 @@ class _Cell:
         args = self.args
         rivals: dict[str, Rival] = {}
         with ExitStack() as stack, torch.no_grad():
-            all_of = Rivals(self.folder, self.vit, self.neurons, self.batch, args.precision)
+            all_of = self.make()
             for name in [*FORMS, *([LITERAL] if args.literal else [])]:
                 self._add(rivals, name, partial(all_of.graph, stack, name))
             for name in [HOOKS, EAGER, *([COMPILED] if args.compile else [])]:
                 self._add(rivals, name, partial(all_of.torch, stack, name))
+            for name in [name for name in rivals if base_of(name) not in rivals]:
+                self.failures[name] = "runs, but the unpatched graph it is compared with does not"
+                del rivals[name]
             if BASELINE not in rivals:
                 return {"rivals": {}}
             full = fills_the_card(rivals[BASELINE])
@@ -157,8 +159,8 @@ class _Cell:
             same = {name: opened for name, opened in graphs.items() if base_of(name) == base}
             if base not in same:
                 continue
-            own = base == OWN_BASELINE and self.args.close_seconds
-            close |= closely(same, seconds=own or self.args.seconds)
+            seconds = self.args.close_seconds if base == OWN_BASELINE else None
+            close |= closely(same, seconds=self.args.seconds if seconds is None else seconds)
         return close
 
     def _add(self, rivals: dict[str, Rival], name: str, make: Callable[[], Rival]) -> None:
@@ -181,9 +183,6 @@ class _Cell:
         rows = {}
         for name, t in times.items():
             same, base = close.get(name, []), base_of(name)
-            if base not in times:
-                self.failures[name] = f"runs, but {base}, which it is compared with, does not"
-                continue
             over = ratio(same, close[base]) if same else Ratio.of(t, times[base])
             hooks = Ratio.of(times[HOOKS], t) if HOOKS in times else None
             rows[name] = {

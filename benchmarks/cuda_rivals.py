@@ -75,7 +75,9 @@ class Rivals:
         self._batch, self._precision = batch, precision
         drawn = np.random.default_rng(batch).normal(size=(batch, 3, *vits.image_size(vit)))
         self._pixels: Array = drawn.astype(np.float32)
-        self._right = self._all_right()
+        tensor = torch.from_numpy(self._pixels).cuda()
+        self._right = self._all_right(tensor)
+        self._tensor = tensor.to(DTYPES[precision])
         self.memory: dict[str, float] = {}
         self.errors: dict[str, float] = {}
         self.details: dict[str, str] = {}
@@ -91,7 +93,7 @@ class Rivals:
 
     def torch(self, stack: ExitStack, name: str) -> Rival:
         """PyTorch in the same precision: with hooks, unpatched, or unpatched but compiled."""
-        tensor = torch.from_numpy(self._pixels).cuda().to(DTYPES[self._precision])
+        tensor = self._tensor
         before = torch.cuda.memory_allocated()
         with ExitStack() as opened:
             vit = copy.deepcopy(self._vit)
@@ -130,9 +132,8 @@ class Rivals:
         error = check_error(name, got, self._right[name], self._precision)
         self.errors[name] = max(error, self.errors.get(name, 0.0))
 
-    def _all_right(self) -> dict[str, Array]:
+    def _all_right(self, tensor: Tensor) -> dict[str, Array]:
         """What each must yield, by PyTorch with hooks in float32 on the card."""
-        tensor = torch.from_numpy(self._pixels).cuda()
 
         def run(context: Any) -> Array:
             with torch.inference_mode(), context:
