@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmarks import cuda_overhead
 from tests.support import bundles, environments, pictures
 from tests.support.server import serving
 
@@ -115,8 +116,14 @@ def test_install_lines_name_folders_and_extras_that_exist() -> None:
             assert re.search(rf"^{extra} = \[", text, re.MULTILINE), f"{name}[{extra}]"
 
 
-def test_the_options_readme_names_exist(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_options_readme_names_exist(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     helps = ""
+    monkeypatch.setattr("sys.argv", ["cuda_overhead", "--help"])
+    with pytest.raises(SystemExit):
+        cuda_overhead.main()
+    helps += capsys.readouterr().out
     for command in all_commands():
         with pytest.raises(SystemExit):
             main([command.name, "--help"])
