@@ -105,8 +105,8 @@ struct Activated {
 // `y = Activation(x + bias)`, for x (rows, H or 2 H), H a multiple of 8. Of the blocks (along x),
 // the first ones are `also`'s. The others do `kRows` rows, eight columns a thread, and ask for all
 // they read together.
-template <typename T, typename Activation, int kRows, typename Also>
-__global__ void __launch_bounds__(kFew, Also::kRoom)
+template <typename T, typename Activation, int kRows, int kRoom, typename Also>
+__global__ void __launch_bounds__(kFew, kRoom)
 activate(const T* __restrict__ x, const T* __restrict__ bias, T* __restrict__ y, std::int64_t rows,
          int hidden, Also also) {
   constexpr int kHalves = Activation::kHalves;

@@ -57,7 +57,8 @@ struct Lt {
     if (library == nullptr) {
       const char* said = dlerror();
       error = "regraft: " + name + " of the CUDA toolkit that compiled the operators is not there" +
-              " (" + (said == nullptr ? "" : said) + "); onnxruntime-gpu has to be for the same CUDA";
+              " (" + (said == nullptr ? "" : said) +
+              "); onnxruntime-gpu has to be for the same CUDA";
       return;
     }
 #define REGRAFT_LOAD(name)                                                             \
@@ -82,6 +83,17 @@ struct Size {
   std::size_t bytes_of_weight() const { return bytes(inner * columns); }
   std::size_t bytes_of_input() const { return bytes(rows * inner); }
 
+  // What it is chosen with: rows up to a multiple of a 32nd of them or less, mostly the same for
+  // T tokens as for T + 1. Which of two algorithms about equally fast is chosen is chance; and a
+  // model would seem to gain or lose by a token what it does by that.
+  Size rounded() const {
+    std::int64_t step = 8;
+    while (step < 256 && step * 64 <= rows) step *= 2;
+    Size other = *this;
+    other.rows = (rows + step - 1) / step * step;
+    return other;
+  }
+
  private:
   std::size_t bytes(std::int64_t count) const {
     return static_cast<std::size_t>(count) * (type == CUDA_R_32F ? 4 : 2);
@@ -97,7 +109,7 @@ struct Choice {
   int apart = 0;  // whether several products of the same input follow each other
 };
 
-// The algorithms that were chosen, as read from beside the library or timed since.
+// The algorithms that were chosen, by rounded sizes: read from beside the library or timed since.
 class Choices {
  public:
   static Choices& get() {

@@ -60,6 +60,21 @@ class Workspace {
   void* data_ = nullptr;
 };
 
+// A node's workspaces of one number: one for each stream that it is run on.
+class Workspaces {
+ public:
+  Workspace* of(cudaStream_t session, int number, std::size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::shared_ptr<Workspace>& place = places_[session];
+    if (place == nullptr) place = Workspace::of(session, number, bytes);
+    return place.get();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<cudaStream_t, std::shared_ptr<Workspace>> places_;
+};
+
 // A stream beside a session's own, for one node: were it for several, a recording would let what
 // runs beside in one node wait for what did in the node before.
 class Beside {

@@ -10,31 +10,13 @@ inline Status* status_of(const Api* api, const Text& failed) {
   return failed.empty() ? nullptr : api->error(ort::kFail, failed.c_str());
 }
 
-// Where one node's blocks meet: a place for each stream that it is run on.
-class Meetings {
- public:
-  Text get(cudaStream_t stream, kernels::Meeting** meeting) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    std::shared_ptr<Workspace>& place = places_[stream];
-    if (place == nullptr) place = Workspace::of(stream, kTogether, sizeof(kernels::Meeting));
-    void* data = nullptr;
-    Text failed = place->get(&data);
-    *meeting = static_cast<kernels::Meeting*>(data);
-    return failed;
-  }
-
- private:
-  std::mutex mutex_;
-  std::map<cudaStream_t, std::shared_ptr<Workspace>> places_;
-};
-
 // Of one node: what it computes, and what it keeps between its runs.
 struct Kernel {
   using Work = Status* (*)(Kernel*, KernelContext*, cudaStream_t);
   const Api* api;
   Work work;
   Products products;
-  Meetings meetings;
+  Workspaces meetings;
 };
 
 using Work = Kernel::Work;
@@ -46,9 +28,10 @@ Status* small(Kernel* kernel, KernelContext* context, cudaStream_t stream) {
 
 template <Status* (*Small)(const Call&)>
 Status* small_with_meeting(Kernel* kernel, KernelContext* context, cudaStream_t stream) {
-  Call call{kernel->api, context, stream, nullptr};
-  TRY(status_of(kernel->api, kernel->meetings.get(stream, &call.meeting)));
-  return Small(call);
+  void* meeting = nullptr;
+  Workspace* place = kernel->meetings.of(stream, kTogether, sizeof(kernels::Meeting));
+  TRY(status_of(kernel->api, place->get(&meeting)));
+  return Small({kernel->api, context, stream, static_cast<kernels::Meeting*>(meeting)});
 }
 
 inline cudaDataType_t blas_type(const float*) { return CUDA_R_32F; }

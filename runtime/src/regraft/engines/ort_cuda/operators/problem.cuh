@@ -85,6 +85,23 @@ class Problem {
     return {};
   }
 
+  // Whether an algorithm can do ours, with a bias and without as they are needed, and the
+  // bytes that it works in.
+  bool fits(const cublasLtMatmulAlgo_t& algorithm, std::size_t* workspace) const {
+    const Lt& lt = Lt::get();
+    *workspace = 0;
+    for (cublasLtMatmulDesc_t operation : {plain_, biased_}) {
+      cublasLtMatmulHeuristicResult_t checked{};
+      if (operation == nullptr) continue;
+      if (lt.MatmulAlgoCheck(lt.handle, operation, layouts_[0], layouts_[1], layouts_[2],
+                             layouts_[2], &algorithm, &checked) != CUBLAS_STATUS_SUCCESS) {
+        return false;
+      }
+      *workspace = std::max(*workspace, checked.workspaceSize);
+    }
+    return *workspace <= kWorkspace;
+  }
+
  private:
   // What is proposed for a few rows more or less is often not proposed here, and faster; and what
   // is for round numbers, with a token more or without.
@@ -99,22 +116,6 @@ class Problem {
       }
     }
     return all;
-  }
-
-  // Whether an algorithm can do ours, with a bias and without as they are needed.
-  bool fits(const cublasLtMatmulAlgo_t& algorithm, std::size_t* workspace) const {
-    const Lt& lt = Lt::get();
-    *workspace = 0;
-    for (cublasLtMatmulDesc_t operation : {plain_, biased_}) {
-      cublasLtMatmulHeuristicResult_t checked{};
-      if (operation == nullptr) continue;
-      if (lt.MatmulAlgoCheck(lt.handle, operation, layouts_[0], layouts_[1], layouts_[2],
-                             layouts_[2], &algorithm, &checked) != CUBLAS_STATUS_SUCCESS) {
-        return false;
-      }
-      *workspace = std::max(*workspace, checked.workspaceSize);
-    }
-    return *workspace <= kWorkspace;
   }
 
   // Appends what cuBLASLt proposes for so many rows, if it can do ours and is not there yet.

@@ -4,7 +4,8 @@
 // the one token more may cost 8 %. So `regraft build` times what cuBLASLt proposes for every size
 // that will be run (`regraft_tune`), and keeps the fastest beside the library (`regraft_save`). A
 // process that runs the graph reads that file and times nothing: it computes what was verified. A
-// size that is not in it gets cuBLASLt's first proposal.
+// size that is not in it gets cuBLASLt's first proposal. Sizes that differ by a token an image
+// share a choice (`Size::rounded`).
 //
 // Products of the same input run at the same time where that is faster: a small batch leaves most
 // of the card idle.
@@ -52,9 +53,13 @@ class Product {
     Choices& choices = Choices::get();
     const std::lock_guard<std::mutex> lock(choices.mutex);
     if (!choices.error.empty()) return choices.error;
-    if (const auto found = choices.known.find(size_); found != choices.known.end()) {
+    const Size rounded = size_.rounded();
+    // What was chosen for other rows may not do for these; then they have a choice of their own.
+    for (const Size& size : {rounded, size_}) {
+      const auto found = choices.known.find(size);
+      if (found == choices.known.end()) continue;
       choice_ = found->second;
-      return {};
+      if (problem_.fits(choice_.algorithm, &choice_.workspace)) return {};
     }
     cudaStreamCaptureStatus recording = cudaStreamCaptureStatusNone;
     REGRAFT_CUDA(cudaStreamIsCapturing(stream, &recording));
@@ -64,7 +69,7 @@ class Product {
     choice_ = all.front();
     if (!timed) return {};
     if (Text failed = fastest(all, x, lanes, stream); !failed.empty()) return failed;
-    choices.known[size_] = choice_;
+    if (!choices.known.emplace(rounded, choice_).second) choices.known[size_] = choice_;
     return {};
   }
 
@@ -165,15 +170,14 @@ class Products {
   // Gives each lane its stream and its memory.
   void place(int together, cudaStream_t stream, Lanes* lanes) {
     for (int i = 0; i < together; ++i) {
-      if (workspaces_[i] == nullptr) workspaces_[i] = Workspace::of(stream, i, kWorkspace);
       if (i > 0) (*lanes)[i].beside = &beside_[i];
-      (*lanes)[i].workspace = workspaces_[i].get();
+      (*lanes)[i].workspace = workspaces_[i].of(stream, i, kWorkspace);
     }
   }
 
   std::mutex mutex_;
   std::array<Beside, kTogether> beside_;  // the first is not used
-  std::array<std::shared_ptr<Workspace>, kTogether> workspaces_;
+  std::array<Workspaces, kTogether> workspaces_;
   std::map<std::int64_t, std::unique_ptr<Product>> products_;
 };
 

@@ -16,6 +16,7 @@
 namespace regraft::kernels {
 
 constexpr int kMany = 512;  // threads of a block that does nothing else
+static_assert(kMany / kWarp <= kNeurons, "a block keeps a figure for each neuron or each warp");
 
 template <typename T>
 struct alignas(16) Eight {
@@ -25,7 +26,7 @@ struct alignas(16) Eight {
 // Nothing is written.
 struct Nothing {
   static constexpr bool kAny = false;
-  static constexpr int kRoom = 0;
+  static constexpr int kRoom = 0, kTight = 0;
   __host__ __device__ unsigned blocks() const { return 0; }
 };
 
@@ -46,7 +47,7 @@ struct LastRows {
 // `added` (D,), to the rows.
 template <typename T>
 struct Row : LastRows<T> {
-  static constexpr int kRoom = 0;
+  static constexpr int kRoom = 0, kTight = 0;
   const T* added;
 
   __host__ __device__ unsigned blocks() const { return this->images; }
@@ -72,9 +73,9 @@ struct Row : LastRows<T> {
 // with the call, which the card has at once.
 template <typename T>
 struct Redirect : LastRows<T> {
-  // Blocks that a multiprocessor has to have room for. Were it for more, nvcc would save registers
-  // and ask for one token after the other.
-  static constexpr int kRoom = 8;
+  // Blocks that a multiprocessor has to have room for. With room for more, by which those that do
+  // not search gain, nvcc saves registers, and asks for one token after the other.
+  static constexpr int kRoom = 8, kTight = sizeof(T) == 2 ? 12 : kRoom;
   const T* down;
   Search search;
 
@@ -93,7 +94,7 @@ struct Redirect : LastRows<T> {
     }
     Eight<T> eight;
     if (first < width) eight = *reinterpret_cast<Eight<T>*>(last + first);
-    const int parts = search.find(image, share, hidden, largest);
+    const int parts = search.find(image, share, this->tokens, hidden, largest);
     if (parts == 0) return;
     for (int column = first; column < width; column += step) {
       if (column != first) eight = *reinterpret_cast<Eight<T>*>(last + column);

@@ -25,19 +25,21 @@ struct Meeting {
 struct Search {
   Meeting* meeting;
   unsigned shares;
-  int tokens, count;
+  int count;
   int neurons[kNeurons];
   float signs[kNeurons];
 
   // Into `largest` (count, parts), which all threads may read then. Returns the parts, whose
-  // largest is the neuron's; 0 where another block goes on. `Hidden` tells the units.
+  // largest is the neuron's; 0 where another block goes on. `Hidden` tells the units of an image's
+  // `tokens`.
   template <typename Hidden>
-  __device__ int find(unsigned image, unsigned share, const Hidden& hidden, float* largest) const {
+  __device__ int find(unsigned image, unsigned share, int tokens, const Hidden& hidden,
+                      float* largest) const {
     const int own = (count - share + shares - 1) / shares;
     const int warps = blockDim.x / kWarp, parts = max(1, warps / own);
     for (int slot = threadIdx.x / kWarp; slot < own * parts; slot += warps) {
       const int k = share + slot / parts * shares;
-      const float most = strongest(image, k, slot % parts, parts, hidden);
+      const float most = strongest(image, k, slot % parts, parts, tokens, hidden);
       if (threadIdx.x % kWarp == 0) largest[slot] = most;
     }
     __syncthreads();
@@ -48,7 +50,7 @@ struct Search {
  private:
   // Of one neuron and a part of the tokens; a neuron's parts are as many warps as there are for it.
   template <typename Hidden>
-  __device__ float strongest(unsigned image, int k, int part, int parts,
+  __device__ float strongest(unsigned image, int k, int part, int parts, int tokens,
                              const Hidden& hidden) const {
     const std::int64_t first = static_cast<std::int64_t>(image) * tokens;
     const auto unit = hidden.unit(neurons[k]);
@@ -79,13 +81,13 @@ struct Search {
       float most = largest[i * parts];
       for (int part = 1; part < parts; ++part) most = fmaxf(most, largest[i * parts + part]);
       all[share + i * shares] = most;
-      __threadfence();
     }
     __shared__ bool last;
     __syncthreads();
     if (threadIdx.x == 0) {  // the counter wraps to zero
+      __threadfence();       // what the block wrote, before it counts
       last = atomicInc(&meeting->arrived[image], shares - 1) == shares - 1;
-      __threadfence();
+      __threadfence();  // and what the others did, after
     }
     __syncthreads();
     if (!last) return false;

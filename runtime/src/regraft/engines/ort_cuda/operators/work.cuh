@@ -14,7 +14,9 @@ using kernels::QuickGelu;
 using kernels::SwiGlu;
 
 constexpr std::int64_t kManyRows = 1024;   // of tokens, that fill a card
+constexpr std::int64_t kAmpleRows = 4096;  // that fill it several times
 constexpr std::int64_t kManyReads = 2048;  // of one block, which does about one in a cycle
+constexpr std::int64_t kFewReads = 2560;   // done before ample rows are, one after the other, too
 
 inline std::int64_t divided_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -22,8 +24,21 @@ inline std::int64_t divided_up(std::int64_t a, std::int64_t b) { return (a + b -
 // To meet costs about as much as half of `kManyReads`. `reads`: of each neuron and image.
 inline unsigned shares_of(std::int64_t images, std::int64_t count, std::int64_t reads) {
   if (images == 0 || count * reads < kManyReads) return 1;
-  const std::int64_t shares = std::min(count, kernels::kSearching / images);
-  return shares < kernels::kFewest ? 1 : static_cast<unsigned>(shares);
+  const std::int64_t most = std::min(count, kernels::kSearching / images);
+  if (most < kernels::kFewest) return 1;
+  return static_cast<unsigned>(divided_up(count, divided_up(count, most)));  // each as many neurons
+}
+
+// Whether the blocks that search may be slow: they are done long before the others.
+template <typename Also>
+bool may_be_slow(const Also&, std::int64_t, int) {
+  return false;
+}
+
+template <typename T>
+bool may_be_slow(const kernels::Redirect<T>& also, std::int64_t rows, int halves) {
+  const std::int64_t own = divided_up(also.search.count, also.search.shares);
+  return rows >= kAmpleRows && own * also.tokens * halves < kFewReads;
 }
 
 inline Status* unfit(const Api* api, const char* what) {
@@ -86,7 +101,6 @@ Status* read_also(const Call& call, std::size_t at, std::size_t index, int halve
   kernels::Search& search = also->search;
   search.meeting = call.meeting;
   search.shares = shares_of(residual.lengths[0], count, residual.lengths[1] * halves);
-  search.tokens = static_cast<int>(residual.lengths[1]);
   search.count = static_cast<int>(count);
   for (std::int64_t k = 0; k < count; ++k) {  // these two are in the host's memory
     search.neurons[k] = static_cast<int>(static_cast<const std::int64_t*>(neurons.data)[k]);
@@ -162,10 +176,13 @@ Status* activate(const Call& call) {
         static_cast<int>(hidden), also);
   };
   // On a full card a thread had better do two rows; a gated one asks for twice as much anyway.
-  if (kHalves == 1 && rows >= kManyRows) {
-    start(kernels::activate<T, Activation, kHalves == 1 ? 2 : 1, Also>, 2);
+  constexpr int kEach = kHalves == 1 ? 2 : 1;
+  if (rows < kManyRows) {
+    start(kernels::activate<T, Activation, 1, Also::kRoom, Also>, 1);
+  } else if (may_be_slow(also, rows, kHalves)) {
+    start(kernels::activate<T, Activation, kEach, Also::kTight, Also>, kEach);
   } else {
-    start(kernels::activate<T, Activation, 1, Also>, 1);
+    start(kernels::activate<T, Activation, kEach, Also::kRoom, Also>, kEach);
   }
   return launched(call.api);
 }
