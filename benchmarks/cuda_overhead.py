@@ -6,7 +6,8 @@ they return is checked against PyTorch with hooks in float32. Times are the card
 runs in a row, without copies; ``first_ms`` are single runs, with the time to start them. Graphs
 with regraft's own operators are compared with a baseline that has them, too. A rival
 that fails or finds no memory is left out and its reason recorded; without the baseline nothing is
-timed. A result file that exists is continued; a cell of the same settings is replaced. How the
+timed. ``--operators-only`` leaves out all but the graphs that the patch's cost is measured with.
+A result file that exists is continued; a cell of the same settings is replaced. How the
 rivals take turns, :mod:`benchmarks.cuda_rounds` says: ``over_baseline`` of our own graphs is from
 close comparison, ``of_each`` has every opened graph's own median there; all else is from runs at
 their pace.
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ import torch
 
 from benchmarks import vits
 from benchmarks.cuda_cells import keep, rows_of
-from benchmarks.cuda_graphs import BASELINE, write_forms
+from benchmarks.cuda_graphs import Form, write_forms
 from benchmarks.cuda_rivals import (
     BASES,
     COMPILED,
@@ -37,13 +37,14 @@ from benchmarks.cuda_rivals import (
     FORMS,
     HOOKS,
     LITERAL,
+    OPENED,
     OWN_BASELINE,
     Rivals,
     base_of,
     constants_of,
 )
 from benchmarks.cuda_rounds import SETTLED, Rival, at_their_pace, closely, fills_the_card, ratio
-from benchmarks.machine import RESULTS, circumstances
+from benchmarks.machine import RESULTS, card_clocks, circumstances
 from regraft.engines.ort_cuda.operators import source_sha256
 from regraft.neurons import Neurons
 from regraft.timing import Ratio, Times
@@ -73,10 +74,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="per batch size, at least")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--literal", action="store_true", help="with the literal translation")
+    parser.add_argument(
+        "--operators-only",
+        action="store_true",
+        help="only graphs with operators: unpatched, patched, and with a constant row",
+    )
     parser.add_argument("--export", type=Path, metavar="DIR", help="only write the graphs there")
     parser.add_argument("--graphs", type=Path, metavar="DIR", help="take what --export wrote")
     parser.add_argument("--out", type=Path, default=RESULTS / "cuda_overhead.json")
     args = parser.parse_args()
+    if args.operators_only and (args.compile or args.literal):
+        parser.error("--operators-only is without --compile and --literal")
     torch.manual_seed(0)
     vit = vits.load(args.model, args.image_size, args.depth)
     neurons = vits.some_neurons(vit, args.touched, args.neurons)
@@ -102,7 +110,12 @@ def _export(
     folder.mkdir(parents=True, exist_ok=True)
     traced = trace(vit, vits.image_size(vit), args.precision)
     constants = constants_of(vit, neurons)
-    write_forms(folder, traced, neurons, FORMS, constants=constants, literal=args.literal)
+    write_forms(folder, traced, neurons, _forms(args), constants=constants, literal=args.literal)
+
+
+def _forms(args: argparse.Namespace) -> dict[str, Form]:
+    """The graphs that are asked for, the unpatched one first."""
+    return {name: FORMS[name] for name in OPENED} if args.operators_only else FORMS
 
 
 class _Cell:
@@ -132,21 +145,24 @@ class _Cell:
         rivals: dict[str, Rival] = {}
         with ExitStack() as stack, torch.no_grad():
             all_of = self.make()
-            for name in [*FORMS, *([LITERAL] if args.literal else [])]:
+            graphs = list(_forms(args))
+            for name in [*graphs, *([LITERAL] if args.literal else [])]:
                 self._add(rivals, name, partial(all_of.graph, stack, name))
-            for name in [HOOKS, EAGER, *([COMPILED] if args.compile else [])]:
+            others = [] if args.operators_only else [HOOKS, EAGER]
+            for name in [*others, *([COMPILED] if args.compile else [])]:
                 self._add(rivals, name, partial(all_of.torch, stack, name))
             for name in [name for name in rivals if base_of(name) not in rivals]:
                 self.failures[name] = "runs, but the unpatched graph it is compared with does not"
                 del rivals[name]
-            if BASELINE not in rivals:
+            first = graphs[0]
+            if first not in rivals:
                 return {"rivals": {}}
-            full = fills_the_card(rivals[BASELINE])
+            full = fills_the_card(rivals[first])
             times, firsts = at_their_pace(rivals, full, seconds=args.seconds, rounds=args.rounds)
             close = self._closely(all_of.graphs)
         return {
             "engine": all_of.details,
-            "rounds": len(times[BASELINE].seconds),
+            "rounds": len(times[first].seconds),
             "close_rounds": {base: len(close[base][0].seconds) for base in BASES if base in close},
             "settled_ms": round(1e3 * SETTLED) if full else 0,
             "rivals": self._rows(all_of, times, firsts, close),
@@ -202,7 +218,7 @@ class _Cell:
     def _about(self) -> dict[str, Any]:
         return {
             **circumstances("benchmarks.cuda_overhead"),
-            "clocks": _clocks(),
+            "clocks": card_clocks(),
             "model": self.args.model,
             "image_size": list(vits.image_size(self.vit)),
             "tokens": self.vit.layout.count,
@@ -226,13 +242,6 @@ def _forget_memory() -> None:
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def _clocks() -> str:
-    query = ["--query-gpu=name,clocks.sm,clocks.mem,clocks.max.sm", "--format=csv,noheader"]
-    return subprocess.run(
-        ["nvidia-smi", *query], capture_output=True, text=True, check=True
-    ).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ RIVALS = {
     "constant": "#0f766e",
     "constant, operators": "#7fd1c4",
 }
-_WIDTH = 0.84 / len(RIVALS)
+_WIDTH = 0.84  # of a cell's bars
 _COLUMNS = 5  # panels in a row
 _PRESENT = source_sha256()[:16]  # the operators as they are now
 NAMES = {
@@ -67,8 +67,12 @@ def _plot(cells: list[dict[str, Any]], path: Path) -> None:
         rows, columns, figsize=(3.4 * columns, 3.4 * rows), sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
+    measured = [cell for chosen in panels.values() for cell in chosen]
+    shown = [rival for rival in RIVALS if any(rival in cell["rivals"] for cell in measured)]
+    earlier = [_of_earlier_operators(cell) for cell in measured]
+    mixed = any(earlier) and not all(earlier)
     for axis, chosen in zip(axes.flat, panels.values(), strict=False):
-        _panel(axis, sorted(chosen, key=lambda cell: int(cell["batch"])))
+        _panel(axis, sorted(chosen, key=lambda cell: int(cell["batch"])), shown, mixed)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
     for row in axes:
@@ -83,13 +87,13 @@ def _plot(cells: list[dict[str, Any]], path: Path) -> None:
         bars.keys(),
         fontsize=7,
         frameon=False,
-        ncols=len(RIVALS),
+        ncols=len(shown),
         loc="outside lower center",
     )
-    devices = dict.fromkeys(c["engine"]["device"] for p in panels.values() for c in p)
-    earlier = any(_of_earlier_operators(c) for p in panels.values() for c in p)
+    devices = dict.fromkeys(cell["engine"]["device"] for cell in measured)
     title = f"ort-cuda, {'; '.join(devices)}; lines: 95 % intervals"
-    title += "; *: own operators of an earlier version" if earlier else ""
+    if any(earlier):
+        title += f"; {'*: ' if mixed else ''}own operators of an earlier version"
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
 
@@ -98,25 +102,30 @@ def _of_earlier_operators(cell: dict[str, Any]) -> bool:
     return bool(cell.get("operators") != _PRESENT)
 
 
-def _panel(axis: Any, cells: list[dict[str, Any]]) -> None:
-    for i, (rival, colour) in enumerate(RIVALS.items()):
+def _tenths(percent: float) -> str:
+    return f"{round(percent, 1) + 0.0:.1f}"  # no -0.0
+
+
+def _panel(axis: Any, cells: list[dict[str, Any]], shown: list[str], mixed: bool) -> None:
+    width = _WIDTH / len(shown)
+    for i, rival in enumerate(shown):
         known = [(x, c["rivals"][rival]) for x, c in enumerate(cells) if rival in c["rivals"]]
         if not known:
             continue
-        places = [x + _WIDTH * (i - (len(RIVALS) - 1) / 2) for x, _ in known]
+        places = [x + width * (i - (len(shown) - 1) / 2) for x, _ in known]
         over = [[100 * (x - 1) for x in figures["over_baseline"]] for _, figures in known]
         heights = [median for median, _, _ in over]
         reach = [[m - low for m, low, _ in over], [high - m for m, _, high in over]]
         bars = axis.bar(
-            places, heights, _WIDTH, color=colour, label=NAMES.get(rival, rival),
+            places, heights, width, color=RIVALS[rival], label=NAMES.get(rival, rival),
             yerr=reach, error_kw={"elinewidth": 0.6, "ecolor": "#52606d"},
         )  # fmt: skip
-        axis.bar_label(bars, fmt="%.1f", fontsize=4.5, padding=1)
+        axis.bar_label(bars, fmt=_tenths, fontsize=4.5 if len(shown) > 3 else 6, padding=1)
     first = cells[0]
     about = f"{first['tokens']} tokens, {first['precision']}, {first['neurons']} neurons in"
     layers = f"{len(first['touched_layers'])} of {first['blocks']} blocks"
     axis.set_title(f"{first['model']}\n{about} {layers}", fontsize=7)
-    labels = [f"{c['batch']}{'*' if _of_earlier_operators(c) else ''}" for c in cells]
+    labels = [f"{c['batch']}{'*' if mixed and _of_earlier_operators(c) else ''}" for c in cells]
     axis.set_xticks(range(len(cells)), labels)
     axis.set_xlabel("batch", fontsize=8)
     axis.axhline(0, color="#52606d", linewidth=0.8)

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +28,14 @@ def circumstances(module: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: v for name in _PACKAGES if (v := _version(name))},
     }
+
+
+def card_clocks() -> str:
+    """Name and clocks of the card that this process sees first, as nvidia-smi tells them."""
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    query = ["-i", card, "--query-gpu=name,clocks.sm,clocks.mem,clocks.max.sm"]
+    command = ["nvidia-smi", *query, "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def write_results(path: Path, result: Mapping[str, Any], table: Sequence[str]) -> None:
