@@ -28,6 +28,7 @@ from regraft.engines.ort_cuda.operators import (
     compile_library,
     find_nvcc,
     source_sha256,
+    timed_products,
 )
 from regraft.engines.ort_cuda.runner import SIZES
 from regraft.errors import EngineError
@@ -53,7 +54,7 @@ def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
     return make
 
 
-def library(folder: Path, saved: str = "fputs(text, file)") -> str:
+def library(folder: Path, saved: str = "fputs(text, file)", mode: str = "w") -> str:
     """What a compiler does that writes a library like regraft's, but for its operators."""
     if shutil.which("cc") is None:
         pytest.skip("no C compiler here")
@@ -63,7 +64,7 @@ def library(folder: Path, saved: str = "fputs(text, file)") -> str:
         static const char* text = "never timed";
         void regraft_tune(int on) {{ text = on ? "still timed" : "timed, then no more"; }}
         int regraft_save(const char* path) {{
-          FILE* file = fopen(path, "w");
+          FILE* file = fopen(path, "{mode}");
           const int status = {saved};
           fclose(file);
           return status < 0 ? -1 : 1;
@@ -114,6 +115,26 @@ def test_a_build_compiles_them_and_they_are_loaded_from_it(
     (folder / LIBRARY).write_bytes(b"")
     with pytest.raises(EngineError, match="Failed to load library"):
         open_engine(graph, "ort-cuda", built=folder)
+
+
+def test_what_one_graph_was_timed_for_serves_the_next(
+    ort: Fake, graph: Path, nvcc: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A library that adds to what it finds.
+    nvcc(f'[ -z "$out" ] && exit; {library(tmp_path, mode="a")}')
+    for name, times in (("model", 1), ("baseline", 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        OrtCudaEngine.build(graph, "fp32", {}, folder, lambda *_: None)
+        assert (folder / PRODUCTS).read_text() == times * "timed, then no more"
+    (tmp_path / "alone").mkdir()
+    compile_library(tmp_path / "alone")
+    with timed_products(tmp_path / "alone"):  # for no card
+        assert not (tmp_path / "alone" / PRODUCTS).exists()
+    monkeypatch.setattr(ort.cudart, "cudaDriverGetVersion", lambda: 13020)
+    (tmp_path / "other").mkdir()
+    OrtCudaEngine.build(graph, "fp32", {}, tmp_path / "other", lambda *_: None)
+    assert (tmp_path / "other" / PRODUCTS).read_text() == "timed, then no more"
 
 
 def test_products_that_do_not_fit_the_card_are_not_timed(

@@ -123,17 +123,17 @@ class OrtCudaEngine(Engine):
         """Warms the graph up; the verdict of the parity gate is what the cache keeps."""
         operators: dict[str, Any] = {}
         if needs_operators(graph):
-            capability = Cuda(engine=cls.name).card().capability
-            if int(capability) < LEAST_CAPABILITY:
+            card = Cuda(engine=cls.name).card()
+            if int(card.capability) < LEAST_CAPABILITY:
                 raise EngineError(
                     f"{cls.name}: regraft's CUDA operators need a card of compute capability "
-                    f"{LEAST_CAPABILITY} (Ampere) or later, this one has {capability}; export "
+                    f"{LEAST_CAPABILITY} (Ampere) or later, this one has {card.capability}; export "
                     "without --cuda-operators"
                 )
             progress("compiling CUDA operators", 0, 1)
             operators = {"operators": compile_library(folder)}
             progress("compiling CUDA operators", 1, 1)
-            cls._time_products(graph, precision, folder, progress)
+            cls._time_products(graph, precision, folder, str(card), progress)
         progress(f"warming {graph.name}", 0, 1)
         with cls(graph, precision, EngineOptions(), folder) as engine:
             pixels = np.zeros((1, 3, *engine.size), np.float32)
@@ -151,12 +151,12 @@ class OrtCudaEngine(Engine):
 
     @classmethod
     def _time_products(
-        cls, graph: Path, precision: str, folder: Path, progress: BuildProgress
+        cls, graph: Path, precision: str, folder: Path, card: str, progress: BuildProgress
     ) -> None:
         """Runs every batch that is executed once, without CUDA graphs, which cannot be timed in."""
         drawn = np.random.default_rng(0)
         with (
-            timed_products(folder),
+            timed_products(folder, card),
             cls(graph, precision, EngineOptions(optimize=False), folder) as engine,
         ):
             for done, size in enumerate(SIZES):

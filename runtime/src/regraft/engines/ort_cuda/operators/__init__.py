@@ -33,6 +33,9 @@ _CARDS = ("arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]
 # (nvcc, sources) -> library, and what nvcc says of itself: a build needs it once for each graph,
 # and compiling takes 20 s. In memory, for what was compiled may be thrown away with its folder.
 _compiled: dict[tuple[str, str], tuple[bytes, str]] = {}
+# (card, library) -> the products that were timed with it: the graphs of a bundle have most sizes in
+# common, or nearly so, and compare only if they are computed with the same algorithms.
+_timed: dict[tuple[str, bytes], bytes] = {}
 
 
 def needs_operators(graph: Path) -> bool:
@@ -116,17 +119,23 @@ def _cublas_headers() -> list[str]:
 
 
 @contextmanager
-def timed_products(folder: Path) -> Iterator[None]:
+def timed_products(folder: Path, card: str = "") -> Iterator[None]:
     """While it lasts, products of sizes that are new are timed on their first run.
 
     What was chosen is then written beside the library.
 
     Args:
-        folder: has the library, which sessions of this process have loaded or will load.
+        folder: has the library, which sessions of this process will load.
+        card: which it is for. What this process timed on it, with the same library in another
+            folder, is taken over; empty: nothing is.
 
     Raises:
         EngineError: the library cannot be loaded, or the file not be written.
     """
+    file = folder / PRODUCTS
+    key = (card, hashlib.sha256((folder / LIBRARY).read_bytes()).digest())
+    if card and key in _timed:
+        file.write_bytes(_timed[key])  # before the library is loaded, which reads it then
     try:
         library = ctypes.CDLL(str(folder / LIBRARY))
     except OSError as error:
@@ -136,9 +145,10 @@ def timed_products(folder: Path) -> Iterator[None]:
         yield
     finally:
         library.regraft_tune(0)
-    file = folder / PRODUCTS
     if library.regraft_save(os.fsencode(file)) < 0:
         raise EngineError(f"ort-cuda: {file} cannot be written; is the disk full?")
+    if card:
+        _timed[key] = file.read_bytes()
 
 
 def _run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
