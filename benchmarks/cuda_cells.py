@@ -14,6 +14,14 @@ def keep(path: Path, cell: dict[str, Any]) -> None:
     """Puts a cell into the result file, in place of one of the same name."""
     known = json.loads(path.read_text())["cells"] if path.exists() else []
     same = [c for c in known if key_of(c) == key_of(cell)]
+    lost = {name for c in same for name in c["rivals"]} - {*cell["rivals"], *cell["failures"]}
+    if lost:
+        print(
+            f"{path} has this cell with {', '.join(sorted(lost))}, too, and keeps it; choose "
+            "another --out",
+            file=sys.stderr,
+        )
+        return
     if not cell["rivals"] and any(c["rivals"] for c in same):
         print("failed; what was measured before is kept", file=sys.stderr)
         return

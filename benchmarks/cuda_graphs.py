@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,8 +12,9 @@ from numpy.typing import NDArray
 
 from benchmarks.literal import literal_graph
 from regraft.engines import Engine, EngineOptions, open_engine
+from regraft.engines.cuda_runtime import Cuda
 from regraft.engines.ort_cuda.engine import OrtCudaEngine
-from regraft.engines.ort_cuda.operators import PRODUCTS, SUFFIX, source_sha256
+from regraft.engines.ort_cuda.operators import SUFFIX, source_sha256
 from regraft.neurons import Neurons
 from regraft.parity import LIMITS
 from regraft.redirect import RedirectOptions
@@ -91,23 +91,19 @@ def write_portable(folder: Path, exact: Traced, neurons: Neurons) -> None:
 def open_cuda(folder: Path, name: str, precision: str) -> Engine:
     """Opens a form's file without asking for a build: benchmarks check outputs themselves.
 
-    Products that two forms have in common, such as ``patched`` and ``constant``, are timed once.
+    Products that two forms have in common, or nearly so, are timed once in a process.
     """
     with_operators = folder / f"{name}{SUFFIX}"
     if not with_operators.exists():
         return OrtCudaEngine(folder / f"{name}.cuda.onnx", precision, EngineOptions())
-    # Where the products of this graph were timed, with these sources.
-    built = folder / f"{name} {precision} {source_sha256()[:16]}"
+    # Where the products of this graph were timed, on this card with these sources.
+    card = Cuda(engine=OrtCudaEngine.name).card()
+    built = folder / f"{name} {precision} {source_sha256()[:16]} {card.name}"
     if not built.exists():
-        known = folder / f"{PRODUCTS} {precision} {source_sha256()[:16]}"
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             half = Path(temporary) / "half"  # a build that fails leaves nothing
             half.mkdir()
-            if known.exists():
-                shutil.copy(known, half / PRODUCTS)
             OrtCudaEngine.build(with_operators, precision, {}, half, lambda *_: None)
-            if (half / PRODUCTS).exists():
-                shutil.copy(half / PRODUCTS, known)
             half.rename(built)
     return OrtCudaEngine(with_operators, precision, EngineOptions(), built)
 

@@ -81,8 +81,10 @@ def main() -> None:
     )
     parser.add_argument("--export", type=Path, metavar="DIR", help="only write the graphs there")
     parser.add_argument("--graphs", type=Path, metavar="DIR", help="take what --export wrote")
-    parser.add_argument("--out", type=Path, default=RESULTS / "cuda_overhead.json")
+    parser.add_argument("--out", type=Path, help="default: one in benchmarks/results")
     args = parser.parse_args()
+    subject = "operators" if args.operators_only else "overhead"
+    args.out = args.out or RESULTS / f"cuda_{subject}.json"
     if args.operators_only and (args.compile or args.literal):
         parser.error("--operators-only is without --compile and --literal")
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +62,24 @@ def _plot(cells: list[dict[str, Any]], path: Path) -> None:
             panels.setdefault(key_of(cell)[:-1], []).append(cell)
     if not panels:
         raise SystemExit("no cell of the result has figures, so there is nothing to plot")
+    measured = [cell for chosen in panels.values() for cell in chosen]
+    shown = [rival for rival in RIVALS if any(rival in cell["rivals"] for cell in measured)]
+    if not shown:
+        raise SystemExit("the result has unpatched graphs alone, so there is nothing to plot")
+    own = " with operators" if all(rival.endswith(", operators") for rival in shown) else ""
     columns = min(len(panels), _COLUMNS)
     rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(3.4 * columns, 3.4 * rows), sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    measured = [cell for chosen in panels.values() for cell in chosen]
-    shown = [rival for rival in RIVALS if any(rival in cell["rivals"] for cell in measured)]
-    earlier = [_of_earlier_operators(cell) for cell in measured]
-    mixed = any(earlier) and not all(earlier)
+    most = _operators_of_most(measured)
     for axis, chosen in zip(axes.flat, panels.values(), strict=False):
-        _panel(axis, sorted(chosen, key=lambda cell: int(cell["batch"])), shown, mixed)
+        _panel(axis, sorted(chosen, key=lambda cell: int(cell["batch"])), shown, most)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
     for row in axes:
-        row[0].set_ylabel("time over the unpatched graph, %", fontsize=8)
+        row[0].set_ylabel(f"time over the unpatched graph{own}, %", fontsize=8)
     bars = {
         label: bar
         for axis in axes.flat
@@ -90,23 +93,31 @@ def _plot(cells: list[dict[str, Any]], path: Path) -> None:
         ncols=len(shown),
         loc="outside lower center",
     )
-    devices = dict.fromkeys(cell["engine"]["device"] for cell in measured)
-    title = f"ort-cuda, {'; '.join(devices)}; lines: 95 % intervals"
-    if any(earlier):
-        title += f"; {'*: ' if mixed else ''}own operators of an earlier version"
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(_title(measured, most), fontsize=10)
     figure.savefig(path, dpi=110)
 
 
-def _of_earlier_operators(cell: dict[str, Any]) -> bool:
-    return bool(cell.get("operators") != _PRESENT)
+def _title(cells: list[dict[str, Any]], most: str | None) -> str:
+    devices = dict.fromkeys(cell["engine"]["device"] for cell in cells)
+    title = f"ort-cuda, {'; '.join(devices)}; lines: 95 % intervals"
+    if most != _PRESENT:
+        title += "; own operators of an earlier version"
+    if any(cell.get("operators") != most for cell in cells):
+        title += "; *: own operators of another version"
+    return title
+
+
+def _operators_of_most(cells: list[dict[str, Any]]) -> str | None:
+    """The version of most cells, or the present one if any has it."""
+    versions = Counter(cell.get("operators") for cell in cells)
+    return _PRESENT if _PRESENT in versions else versions.most_common(1)[0][0]
 
 
 def _tenths(percent: float) -> str:
     return f"{round(percent, 1) + 0.0:.1f}"  # no -0.0
 
 
-def _panel(axis: Any, cells: list[dict[str, Any]], shown: list[str], mixed: bool) -> None:
+def _panel(axis: Any, cells: list[dict[str, Any]], shown: list[str], most: str | None) -> None:
     width = _WIDTH / len(shown)
     for i, rival in enumerate(shown):
         known = [(x, c["rivals"][rival]) for x, c in enumerate(cells) if rival in c["rivals"]]
@@ -125,8 +136,9 @@ def _panel(axis: Any, cells: list[dict[str, Any]], shown: list[str], mixed: bool
     about = f"{first['tokens']} tokens, {first['precision']}, {first['neurons']} neurons in"
     layers = f"{len(first['touched_layers'])} of {first['blocks']} blocks"
     axis.set_title(f"{first['model']}\n{about} {layers}", fontsize=7)
-    labels = [f"{c['batch']}{'*' if mixed and _of_earlier_operators(c) else ''}" for c in cells]
+    labels = [f"{c['batch']}{'*' if c.get('operators') != most else ''}" for c in cells]
     axis.set_xticks(range(len(cells)), labels)
+    axis.set_xlim(-0.6, max(len(cells), 3) - 0.4)  # a bar is nowhere much wider than elsewhere
     axis.set_xlabel("batch", fontsize=8)
     axis.axhline(0, color="#52606d", linewidth=0.8)
     axis.spines[["top", "right"]].set_visible(False)

@@ -112,8 +112,8 @@ class Rivals:
                 run = torch.inference_mode()(run)  # which torch.compile does not take everywhere
             for _ in range(3):
                 features, _ = run(tensor)
-            self._check(name, features.float().cpu().numpy())
             self.memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            self._check(name, features.float().cpu().numpy())
             stack.enter_context(opened.pop_all())
         return _on_card(run, tensor)
 

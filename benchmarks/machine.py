@@ -31,11 +31,12 @@ def circumstances(module: str) -> dict[str, Any]:
 
 
 def card_clocks() -> str:
-    """Name and clocks of the card that this process sees first, as nvidia-smi tells them."""
+    """Name and clocks of the first card in CUDA_VISIBLE_DEVICES, as nvidia-smi tells them."""
     card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     query = ["-i", card, "--query-gpu=name,clocks.sm,clocks.mem,clocks.max.sm"]
     command = ["nvidia-smi", *query, "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return (done.stdout if done.returncode == 0 else f"unknown: {done.stdout}").strip()
 
 
 def write_results(path: Path, result: Mapping[str, Any], table: Sequence[str]) -> None:
