@@ -20,10 +20,11 @@ from tests.support import probed as probed_bundles
 
 from regraft import manifest as manifests
 from regraft.bundle import NEURONS, VERIFY, WEIGHTS, record
-from regraft.manifest import Manifest, Sites
+from regraft.manifest import Manifest
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft.preprocessing import Preprocessing
 from regraft.redirect import RedirectOptions
+from regraft.rewrite_counts import Sites
 from regraft.tokens import TokenLayout
 
 # Two shared cores: a slow example says nothing about the code.

@@ -9,7 +9,7 @@ import pytest
 
 from regraft.bundle import Bundle
 from regraft.errors import BundleError
-from regraft.manifest import digest
+from regraft.manifest_file import digest
 
 
 def edit_manifest(folder: Path, edit: Callable[[dict], object], *, sealed: bool = True) -> None:

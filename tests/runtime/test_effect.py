@@ -8,10 +8,11 @@ import pytest
 from numpy.typing import NDArray
 
 from regraft.effect import EffectMeter
-from regraft.manifest import Manifest, Sites
+from regraft.manifest import Manifest
 from regraft.parity import cosine
 from regraft.preprocessing import Preprocessing
 from regraft.redirect import RedirectOptions
+from regraft.rewrite_counts import Sites
 from regraft.tokens import TokenLayout
 
 # CLS and a trained register, four patches, two test-time registers; three layers, two heads.

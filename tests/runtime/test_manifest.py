@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from regraft.constants import Constants
 from regraft.errors import BundleError
-from regraft.manifest import GRAPHS, SCHEMA, CudaFusions, FileRecord, Manifest, Sites, digest
+from regraft.manifest import GRAPHS, FileRecord, Manifest
+from regraft.manifest_file import SCHEMA, digest
 from regraft.preprocessing import Preprocessing
 from regraft.redirect import RedirectOptions
+from regraft.rewrite_counts import CudaFusions, Sites
 from regraft.tokens import TokenLayout
 
 text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)

@@ -19,9 +19,10 @@ import grpc
 import numpy as np
 
 from regraft.bundle import Bundle
-from regraft.manifest import Manifest, Sites
+from regraft.manifest import Manifest
 from regraft.preprocessing import Preprocessing
 from regraft.redirect import RedirectOptions
+from regraft.rewrite_counts import Sites
 from regraft.serve.grpc.server import _Handlers
 from regraft.serve.http_app import Application
 from regraft.serve.model import Model

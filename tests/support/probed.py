@@ -18,10 +18,11 @@ from PIL import Image
 
 from regraft import manifest as manifests
 from regraft.bundle import NEURONS, VERIFY, record
-from regraft.manifest import Manifest, Sites
+from regraft.manifest import Manifest
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft.preprocessing import Preprocessing
 from regraft.redirect import RedirectOptions
+from regraft.rewrite_counts import Sites
 from regraft.tokens import TokenLayout
 
 SIZE, PATCH, WIDTH, HEADS, DEPTH = 32, 4, 8, 2, 3

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from regraft.tokens import integer
+from regraft.json_values import integer
 
 VARIANTS = ("token", "kv")
 FILE = "constants.npz"
@@ -40,6 +40,28 @@ class Constants:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {**asdict(self), "errors": {str(i): e for i, e in self.errors.items()}}
+
+    @classmethod
+    def of_manifest(cls, data: Mapping[str, Any]) -> Constants | None:
+        """Those of a manifest; None in the variant token.
+
+        Args:
+            data: the manifest's content.
+
+        Raises:
+            KeyError: a field is missing.
+            ValueError: a field is malformed, or the variant and its constants do not fit.
+        """
+        if data["schema"] == 1:  # which knows the variant token alone
+            return None
+        variant, section = data["variant"], data["constants"]
+        if variant not in VARIANTS:
+            raise ValueError(f"variant is {variant!r}; expected one of {', '.join(VARIANTS)}")
+        if (variant == "kv") != (section is not None):
+            raise ValueError(
+                f"constants is {section!r}; expected an object for the variant kv alone"
+            )
+        return cls.from_json(section) if variant == "kv" else None
 
     @classmethod
     def from_json(cls, data: Any) -> Constants:

@@ -1,27 +1,26 @@
 """``manifest.json``: everything a bundle says of itself.
 
-One dataclass per section; ``Manifest.from_json`` is the only reader. A schema newer than
-:data:`SCHEMA` is refused, an older one is read. The file carries a sha256 of its own content, so
-that a changed one is noticed like any other file of the bundle.
+One dataclass per section; ``Manifest.from_json`` is the only reader. Schema and sha256 of the file
+are those of :mod:`regraft.manifest_file`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from regraft.constants import VARIANTS, Constants
+from regraft.constants import Constants
 from regraft.errors import BundleError, InputError
+from regraft.json_values import integer, positive, shape, truth
+from regraft.manifest_file import SCHEMA, digest, expect_schema, read_content
 from regraft.preprocessing import Preprocessing
 from regraft.redirect import RedirectOptions
-from regraft.tokens import TokenLayout, integer
+from regraft.rewrite_counts import CudaFusions, Sites
+from regraft.tokens import TokenLayout
 
-SCHEMA = 2  # 1 has no variants: all bundles are `token`
 NAME = "manifest.json"
 # The graphs of `ort-cuda`: the same function as the one each is named after, in other operators.
 CUDA_GRAPHS = {"model": "model_cuda", "baseline": "baseline_cuda"}
@@ -40,58 +39,6 @@ class FileRecord:
 
     sha256: str
     bytes: int
-
-
-@dataclass(frozen=True)
-class Sites:
-    """What the rewrite touched, counted: the proof that it happened.
-
-    Attributes:
-        token: where the register is appended (1; 0 in the variant kv).
-        redirect: touched down-projections, one per touched layer.
-        output: places where the register is removed (none in the variant kv).
-        mended: baked token counts that became T + R, as ``node: before -> after``.
-        attention: attentions that see constants (none in the variant token).
-    """
-
-    token: int
-    redirect: int
-    output: int
-    mended: tuple[str, ...] = ()
-    attention: int = 0
-
-
-@dataclass(frozen=True)
-class CudaFusions:
-    """What the graph of ``ort-cuda`` has fused, counted.
-
-    Attributes:
-        attentions: MultiHeadAttention nodes; one for each block.
-        norms: residual sums and norms in one.
-        gelus: biases and GELUs in one.
-        key_biases: dropped.
-        value_biases: moved behind the output projection.
-        layer_scales: folded into weights.
-        patches: whether the patch embedding is one matrix product.
-        tokens: whether the token entry is one Pad and one constant.
-        redirects: touched layers whose register row does without a Mul over all tokens.
-        constants: attentions that see constant keys and values (variant kv).
-        shape_nodes: Shape nodes left, which ONNX Runtime runs on the CPU.
-        operators: nodes of regraft's own, see :mod:`regraft.engines.ort_cuda.operators`.
-    """
-
-    attentions: int = 0
-    norms: int = 0
-    gelus: int = 0
-    key_biases: int = 0
-    value_biases: int = 0
-    layer_scales: int = 0
-    patches: bool = False
-    tokens: bool = False
-    redirects: int = 0
-    constants: int = 0
-    shape_nodes: int = 0
-    operators: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,7 +110,7 @@ class Manifest:
             "outputs": {name: list(shape) for name, shape in self.outputs.items()},
             "precision": self.precision,
             "opset": self.opset,
-            "sites": {**asdict(self.sites), "mended": list(self.sites.mended)},
+            "sites": self.sites.to_json(),
             "graphs": dict(self.graphs),
             "files": {name: asdict(record) for name, record in sorted(self.files.items())},
             "versions": dict(self.versions),
@@ -176,7 +123,7 @@ class Manifest:
 
     def _cuda_json(self) -> dict[str, Any]:
         if self.cuda is not None:
-            return {"cuda": asdict(self.cuda)}
+            return {"cuda": self.cuda.to_json()}
         return {"cuda": {"missing": self.cuda_missing}} if self.cuda_missing else {}
 
     def text(self) -> str:
@@ -191,9 +138,9 @@ class Manifest:
             BundleError: not a manifest, a newer schema, a missing or malformed field, or a file
                 name that leaves the bundle.
         """
-        _expect_schema(data, origin)
+        content = expect_schema(data, origin)
         try:
-            manifest = cls._read(data)
+            manifest = cls._read(content)
             manifest._check()
         except KeyError as error:
             raise BundleError(f"{origin}: the field {error} is missing; export again") from None
@@ -208,7 +155,6 @@ class Manifest:
         for name in SECTIONS:
             if not isinstance(data[name], Mapping):
                 raise ValueError(f"{name} is {data[name]!r}; expected an object")
-        sites = data["sites"]
         return cls(
             model={str(k): str(v) for k, v in data["model"].items()},
             preprocessing=Preprocessing.from_json(data["preprocessing"]),
@@ -218,17 +164,13 @@ class Manifest:
             detection_layer=integer(
                 "outliers.detection_layer", data["outliers"]["detection_layer"]
             ),
-            threshold=_threshold(data["outliers"]["threshold"]),
-            outputs={name: _shape(name, shape) for name, shape in data["outputs"].items()},
+            threshold=positive("outliers.threshold", data["outliers"]["threshold"]),
+            outputs={
+                name: shape(f'outputs["{name}"]', sizes) for name, sizes in data["outputs"].items()
+            },
             precision=str(data["precision"]),
             opset=integer("opset", data["opset"], 1),
-            sites=Sites(
-                token=integer("sites.token", sites["token"]),
-                redirect=integer("sites.redirect", sites["redirect"]),
-                output=integer("sites.output", sites["output"]),
-                mended=tuple(str(line) for line in sites["mended"]),
-                attention=integer("sites.attention", sites.get("attention", 0)),
-            ),
+            sites=Sites.from_json(data["sites"]),
             graphs={str(k): str(v) for k, v in data["graphs"].items()},
             files={
                 str(name): FileRecord(
@@ -237,10 +179,10 @@ class Manifest:
                 for name, r in data["files"].items()
             },
             versions={str(k): str(v) for k, v in data["versions"].items()},
-            verified=_truth("verified", data["verified"]),
+            verified=truth("verified", data["verified"]),
             cuda=_fusions(data.get("cuda")),
             cuda_missing=str((data.get("cuda") or {}).get("missing", "")),
-            constants=_constants(data),
+            constants=Constants.of_manifest(data),
         )
 
     def _check(self) -> None:
@@ -284,45 +226,7 @@ class Manifest:
             BundleError: it is missing, not JSON, not a manifest this version reads, or not as
                 :meth:`text` gave it.
         """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise BundleError(
-                f"{path}: cannot be read ({error.strerror}); expected the folder that "
-                "`regraft export` wrote"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise BundleError(f"{path}: is not JSON ({error}); export again") from None
-        _expect_schema(data, str(path))  # first: a newer schema may seal its content otherwise
-        if "sha256" not in data:
-            raise BundleError(f"{path}: the field 'sha256' is missing; export again")
-        if data["sha256"] != digest(data):
-            raise BundleError(f"{path}: was changed after export; export again")
-        return cls.from_json(data, str(path))
-
-
-def digest(content: Mapping[str, Any]) -> str:
-    """The sha256 (hex) that a manifest of this content carries.
-
-    Args:
-        content: as :meth:`Manifest.to_json` gives it; its field ``sha256`` does not count.
-    """
-    bare = {name: value for name, value in content.items() if name != "sha256"}
-    canonical = json.dumps(bare, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _expect_schema(data: Any, origin: str) -> None:
-    if not isinstance(data, dict) or "schema" not in data:
-        raise BundleError(f'{origin}: is not a manifest; expected a JSON object with "schema"')
-    schema = data["schema"]
-    if isinstance(schema, bool) or not isinstance(schema, int) or schema < 1:
-        raise BundleError(f"{origin}: schema is {schema!r}; expected an integer from 1 on")
-    if schema > SCHEMA:
-        raise BundleError(
-            f"{origin}: schema {schema} is newer than {SCHEMA}, the newest this "
-            "version reads; upgrade regraft-runtime"
-        )
+        return cls.from_json(read_content(path), str(path))
 
 
 def _layers(value: object) -> tuple[int, ...]:
@@ -331,56 +235,8 @@ def _layers(value: object) -> tuple[int, ...]:
     return tuple(integer("redirect.layers", layer) for layer in value)
 
 
-def _constants(data: Mapping[str, Any]) -> Constants | None:
-    if data["schema"] == 1:  # which knows the variant token alone
-        return None
-    variant, section = data["variant"], data["constants"]
-    if variant not in VARIANTS:
-        raise ValueError(f"variant is {variant!r}; expected one of {', '.join(VARIANTS)}")
-    if (variant == "kv") != (section is not None):
-        raise ValueError(f"constants is {section!r}; expected an object for the variant kv alone")
-    return Constants.from_json(section) if variant == "kv" else None
-
-
-def _threshold(value: object) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not 0 < value <= sys.float_info.max
-    ):
-        raise ValueError(f"outliers.threshold is {value!r}; expected a finite number above 0")
-    return float(value)
-
-
-def _shape(name: str, value: object) -> tuple[int | str, ...]:
-    if isinstance(value, list | tuple) and all(
-        size == "batch" or (type(size) is int and size > 0) for size in value
-    ):
-        return tuple(value)
-    raise ValueError(
-        f'outputs["{name}"] is {value!r}; expected a list of positive integers and "batch"'
-    )
-
-
-_COUNTED_LATER = ("operators", "constants")  # bundles of schema 2 were written without, at first
-
-
 def _fusions(value: Any) -> CudaFusions | None:
-    if value is None or "missing" in value:
-        return None
-    found: dict[str, Any] = {}
-    for f in fields(CudaFusions):
-        read = _truth if isinstance(f.default, bool) else integer
-        found[f.name] = read(
-            f"cuda.{f.name}", value.get(f.name, 0) if f.name in _COUNTED_LATER else value[f.name]
-        )
-    return CudaFusions(**found)
-
-
-def _truth(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; expected true or false")
-    return value
+    return None if value is None or "missing" in value else CudaFusions.from_json(value)
 
 
 def _json(value: object) -> str:

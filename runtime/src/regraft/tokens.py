@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from regraft.json_values import integer, truth
+
 
 @dataclass(frozen=True)
 class TokenLayout:
@@ -58,10 +60,8 @@ class TokenLayout:
         grid, class_token = data["grid"], data["class_token"]
         if not isinstance(grid, list | tuple) or len(grid) != 2:
             raise ValueError(f"tokens.grid is {grid!r}; expected two positive integers")
-        if not isinstance(class_token, bool):
-            raise ValueError(f"tokens.class_token is {class_token!r}; expected true or false")
         return cls(
-            class_token=class_token,
+            class_token=truth("tokens.class_token", class_token),
             prefix=integer("tokens.prefix", data["prefix"], least=int(class_token)),
             grid=(integer("tokens.grid[0]", grid[0], 1), integer("tokens.grid[1]", grid[1], 1)),
             width=integer("tokens.width", data["width"], 1),
@@ -69,14 +69,3 @@ class TokenLayout:
             heads=integer("tokens.heads", data["heads"], 1),
             test_time_registers=integer("tokens.test_time_registers", data["test_time_registers"]),
         )
-
-
-def integer(name: str, value: object, least: int = 0) -> int:
-    """A JSON integer as read, of which ``True`` and ``3.0`` are none.
-
-    Raises:
-        ValueError: it is no integer or less than ``least``; the message says so of ``name``.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}; expected an integer from {least} on")
-    return value

@@ -17,9 +17,9 @@ from tests.support import graphs, models, pictures, shared, traces
 from tests.support.handmade_vit import Block, plain
 
 from regraft.errors import RewriteError
-from regraft.manifest import Sites
 from regraft.neurons import Neurons
 from regraft.redirect import RedirectOptions
+from regraft.rewrite_counts import Sites
 from regraft_export.graph import patch as patch_module
 from regraft_export.graph.document import tensor
 from regraft_export.graph.patch import Built, Patch, Traced, Wanted, build

@@ -22,7 +22,7 @@ from regraft.engines import NAMES, base
 from regraft.engines import openvino as module
 from regraft.engines.base import BuildOption
 from regraft.engines.openvino import OpenVinoEngine
-from regraft.manifest import digest
+from regraft.manifest_file import digest
 from regraft.parity import LIMITS
 
 Regraft = Callable[..., tuple[int, str, str]]

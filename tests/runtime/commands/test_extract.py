@@ -18,7 +18,7 @@ from PIL import Image
 
 from regraft import Extractor
 from regraft.bundle import record
-from regraft.manifest import digest
+from regraft.manifest_file import digest
 
 Regraft = Callable[..., tuple[int, str, str]]
 

@@ -300,7 +300,7 @@ def test_another_request_is_never_mixed_in(
 
 def reseal(bundle: Path) -> None:
     from regraft.bundle import record
-    from regraft.manifest import digest
+    from regraft.manifest_file import digest
 
     data = json.loads((bundle / "manifest.json").read_text())
     data["files"]["verify.json"] = vars(record(bundle / "verify.json"))
@@ -484,7 +484,7 @@ def test_an_error_of_a_worker_is_one_line(
     from onnx import numpy_helper
 
     from regraft.bundle import record
-    from regraft.manifest import digest
+    from regraft.manifest_file import digest
 
     bundle = out.parent / "bundle"
     shutil.copytree(pristine_bundle, bundle)

@@ -4,7 +4,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from regraft.manifest import Manifest, digest
+from regraft.manifest import Manifest
+from regraft.manifest_file import digest
 
 Regraft = Callable[..., tuple[int, str, str]]
 

@@ -13,7 +13,7 @@ from tests.support import bundles, pictures
 from regraft.bundle import Bundle, record
 from regraft.commands import verify as command
 from regraft.engines.ort_cpu import OrtCpuEngine
-from regraft.manifest import digest
+from regraft.manifest_file import digest
 
 Regraft = Callable[..., tuple[int, str, str]]
 GRAPH = "the graph that export verified (ort-cpu, optimiser off)"

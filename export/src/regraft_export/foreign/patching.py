@@ -17,9 +17,9 @@ import onnx_graphsurgeon as gs
 
 from regraft import __version__
 from regraft.errors import RewriteError
-from regraft.manifest import Sites
 from regraft.neurons import Neurons
 from regraft.redirect import RedirectOptions
+from regraft.rewrite_counts import Sites
 from regraft_export.foreign.exits import cut_exits
 from regraft_export.foreign.mlp import Mlp
 from regraft_export.foreign.shapes import Conflict, Shape, measure

@@ -15,9 +15,9 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from regraft.errors import RewriteError
-from regraft.manifest import Sites
 from regraft.neurons import Neurons
 from regraft.redirect import RedirectOptions
+from regraft.rewrite_counts import Sites
 from regraft.tokens import TokenLayout
 from regraft_export.graph import anchors as places
 from regraft_export.graph.add_constants import NODES, add_constants

@@ -15,7 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from regraft.engines.parts import METADATA
-from regraft.manifest import CudaFusions
+from regraft.rewrite_counts import CudaFusions
 from regraft_export.graph.cuda.add_to_residual import add_to_residual
 from regraft_export.graph.cuda.bf16_kernels import float32_for_missing_kernels
 from regraft_export.graph.cuda.drop_key_bias import drop_key_bias
