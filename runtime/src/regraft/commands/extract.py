@@ -29,13 +29,13 @@ from regraft.bundle import Bundle
 from regraft.cli.options import add_engine, add_force, at_least, file_name, thread_count, words
 from regraft.engines.cores import usable_cores
 from regraft.errors import InputError, UsageError
-from regraft.extractor import BATCH_SIZE
 from regraft.feature_files import DTYPES, SUFFIXES, check_suffix, feature_file
 from regraft.features import SOURCES, available_fields
 from regraft.files import check_output
 from regraft.images import list_images
 from regraft.parquet_files import require_pyarrow
 from regraft.pipeline import default_workers
+from regraft.pixel_extractor import BATCH_SIZE
 from regraft.progress import Progress
 from regraft.rows import rows_of, shapes_of
 from regraft.wording import counted, some_unread
