@@ -20,8 +20,8 @@ from tests.support import bundles, pictures
 from regraft.bundle import record as file_record
 from regraft.engines import NAMES, base
 from regraft.engines import openvino as module
-from regraft.engines.base import BuildOption
 from regraft.engines.openvino import OpenVinoEngine
+from regraft.engines.options import BuildOption
 from regraft.manifest_file import digest
 from regraft.parity import LIMITS
 

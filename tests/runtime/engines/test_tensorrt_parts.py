@@ -18,7 +18,7 @@ from tests.support import fake_tensorrt as fake
 
 from regraft import engine_cache
 from regraft.engines import cache_key, open_engine
-from regraft.engines.base import EngineOptions
+from regraft.engines.options import EngineOptions
 from regraft.engines.tensorrt import engine as engine_module
 from regraft.engines.tensorrt.builder import BuilderOptions, Plan
 from regraft.engines.tensorrt.engine import PLAN, TIMING, TensorrtEngine

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 from regraft import engine_cache
 from regraft.engine_cache import CacheKey
-from regraft.engines.base import (
+from regraft.engines.base import Engine
+from regraft.engines.options import (
     BuildOption,
     BuildOptions,
     BuildProgress,
-    Engine,
     EngineOptions,
     Shape,
 )

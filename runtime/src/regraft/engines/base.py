@@ -2,66 +2,40 @@
 
 :meth:`Engine.run` checks what goes in and names every failure. A new engine implements
 ``unavailable``, ``_open`` and ``_run``, and gets its row in :mod:`regraft.engines`. One that is
-compiled ahead of time sets ``is_built`` and implements ``environment`` and ``build`` besides.
+compiled ahead of time sets ``is_built`` and implements ``environment`` and ``build`` besides. What
+belongs to its class rather than to an opened graph is in :mod:`regraft.engines.kind`.
 """
 
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from regraft.engines.options import (
-    BuildOption,
-    BuildOptions,
-    BuildProgress,
-    EngineOptions,
-    Shape,
-)
+from regraft.engines.kind import EngineKind
+from regraft.engines.options import EngineOptions, Shape
 from regraft.errors import EngineError, InputError
 
-__all__ = [
-    "BuildOption",
-    "BuildOptions",
-    "BuildProgress",
-    "Engine",
-    "EngineOptions",
-    "Shape",
-]
 
-
-class Engine(ABC):
+class Engine(EngineKind):
     """One graph, ready to run. A context manager; closing it frees its memory.
 
     Threads may share an engine: runs are serialised by a lock.
 
     Attributes:
-        name: as the command line names it, such as ``ort-cpu``.
         graph: the ONNX file it executes.
         precision: fp32, fp16 or bf16: of its weights and arithmetic.
         size: (H, W) of ``pixel_values``.
         outputs: output name -> shape, a string for a free axis.
         built: folder of files that :meth:`build` wrote; None for engines that are not built.
-        is_built: whether ``regraft build`` leaves something in the cache for it.
-        has_device: whether it computes on a device of its own, with memory and clock of its own.
-        variant: the form of a graph that it takes where a bundle has it, see
-            :meth:`regraft.bundle.Bundle.variants`; None for the portable one.
-        preferred_batch: images in a run from which on larger ones gain nothing; None where they do.
     """
 
-    name: ClassVar[str]
-    is_built: ClassVar[bool] = False
-    has_device: ClassVar[bool] = False
-    variant: ClassVar[str | None] = None
-    preferred_batch: ClassVar[int | None] = None
-    build_options: ClassVar[tuple[BuildOption, ...]] = ()
     graph: Path
     precision: str
     size: tuple[int, int]
@@ -93,86 +67,6 @@ class Engine(ABC):
         with self._failures(f"cannot open {graph.name}"):
             self.size, self.outputs = self._open(graph, options)
 
-    @classmethod
-    @abstractmethod
-    def unavailable(cls, precision: str) -> str | None:
-        """Why this engine cannot run here, and how to mend it; None if it can."""
-
-    @classmethod
-    def arithmetic(cls, precision: str, asked: str | None) -> str:
-        """The precision in which a bundle is computed; it chooses the limits of the parity gate.
-
-        Args:
-            precision: of the bundle.
-            asked: what the user wants; None for the bundle's.
-
-        Raises:
-            EngineError: this engine computes a bundle in its own precision, and no other.
-        """
-        if asked not in (None, precision):
-            raise EngineError(
-                f"{cls.name}: computes a bundle in its own precision, here {precision}; asked for "
-                f"{asked}: export with --precision {asked}"
-            )
-        return precision
-
-    @classmethod
-    def must_be_built(cls, precision: str, graph: Path) -> bool:
-        """Whether it can only open what :meth:`build` wrote for this graph."""
-        return cls.is_built
-
-    @classmethod
-    def file_of(cls, graph: Path, variants: Mapping[str, Path]) -> Path:
-        """The file that it takes of a graph."""
-        return graph if cls.variant is None else variants.get(cls.variant, graph)
-
-    @classmethod
-    def environment(cls) -> tuple[str, str]:
-        """Version of the library and name of the device, both part of the cache key.
-
-        Only for engines with ``is_built``, and only where ``unavailable`` returns None.
-        """
-        raise NotImplementedError(f"{cls.name} needs no build")
-
-    @classmethod
-    def toolchain(cls, graph: Path) -> str:
-        """What else a build of this graph depends on, for the cache key; most: nothing."""
-        return ""
-
-    @classmethod  # noqa: B027 - most options exclude nothing
-    def check_build(cls, precision: str, options: BuildOptions) -> None:
-        """Refuses build options that exclude each other, before anything is built.
-
-        Raises:
-            InputError: they do.
-        """
-
-    @classmethod
-    def build(
-        cls,
-        graph: Path,
-        precision: str,
-        options: BuildOptions,
-        folder: Path,
-        progress: BuildProgress,
-    ) -> dict[str, Any]:
-        """Compiles a graph for this machine; only for engines with ``is_built``.
-
-        Args:
-            graph: the ONNX file, its external data beside it.
-            precision: as :meth:`arithmetic` says.
-            options: every one of ``build_options``, checked.
-            folder: where to write; empty, and thrown away if this raises.
-            progress: is told how far it is.
-
-        Returns:
-            What was built, as JSON values; kept in the cache entry and printed.
-
-        Raises:
-            EngineError: the library refuses the graph or the options.
-        """
-        raise NotImplementedError(f"{cls.name} needs no build")
-
     @abstractmethod
     def _open(
         self, graph: Path, options: EngineOptions
@@ -185,17 +79,12 @@ class Engine(ABC):
     ) -> Sequence[NDArray[np.float32]]:
         """Runs it on (B, 3, H, W) and returns the named outputs, in order, owned by the caller."""
 
-    def _close(self) -> None:  # noqa: B027 - most engines have only Python objects to drop
-        """Frees what the engine holds."""
+    def _close(self) -> None:
+        """Frees what the engine holds; most have only Python objects to drop."""
 
     def details(self) -> dict[str, str]:
         """What a measurement must be read with: versions, threads, device."""
         return {}
-
-    @classmethod
-    def _foreign_errors(cls) -> tuple[type[Exception], ...]:
-        """The exceptions by which the library behind this engine reports failure."""
-        return (RuntimeError,)
 
     def run(
         self, pixels: NDArray[np.float32], outputs: Sequence[str] | None = None
@@ -314,18 +203,3 @@ class Engine(ABC):
             raise InputError(
                 f"pixel_values: got {pixels.dtype} of shape {pixels.shape}; expected {expected}"
             )
-
-    @classmethod
-    @contextmanager
-    def _failures(cls, action: str) -> Iterator[None]:
-        """The one place where a library's exceptions become an EngineError."""
-        try:
-            yield
-        except cls._foreign_errors() as error:
-            raise EngineError(f"{cls.name}: {action} ({cls._reason(error)})") from error
-
-    @classmethod
-    def _reason(cls, error: Exception) -> str:
-        """One line of a library's exception that tells the cause; most put it first."""
-        lines = str(error).strip().splitlines()
-        return lines[0] if lines else type(error).__name__

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regraft.engines.base import BuildOptions, BuildProgress, Engine, EngineOptions, Shape
+from regraft.engines.base import Engine
 from regraft.engines.cores import usable_cores
+from regraft.engines.options import BuildOptions, BuildProgress, EngineOptions, Shape
 from regraft.errors import EngineError, how_to_install
 from regraft.manifest import INPUT
 

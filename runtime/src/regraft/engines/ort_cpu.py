@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regraft.engines.base import Engine, EngineOptions, Shape
+from regraft.engines.base import Engine
 from regraft.engines.cores import usable_cores
+from regraft.engines.options import EngineOptions, Shape
 from regraft.engines.parts import Part, cut, needed, parts_of, shapes_of
 from regraft.errors import EngineError, how_to_install
 from regraft.manifest import INPUT

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regraft.engines.base import BuildOptions, BuildProgress, Engine, EngineOptions, Shape
+from regraft.engines.base import Engine
 from regraft.engines.cuda_runtime import Cuda
+from regraft.engines.options import BuildOptions, BuildProgress, EngineOptions, Shape
 from regraft.engines.ort_cuda.gate import GATE
 from regraft.engines.ort_cuda.one_thread import OneThread
 from regraft.engines.ort_cuda.operators import (

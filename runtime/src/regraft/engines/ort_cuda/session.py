@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from regraft.engines.base import EngineOptions, Shape
+from regraft.engines.options import EngineOptions, Shape
 from regraft.errors import EngineError
 from regraft.manifest import INPUT
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regraft.engines.base import BuildProgress
+from regraft.engines.options import BuildProgress
 from regraft.engines.tensorrt.inspect import Network, look_at_network
 from regraft.engines.tensorrt.listeners import DONE, failure, logger, monitor
 from regraft.errors import EngineError, UsageError

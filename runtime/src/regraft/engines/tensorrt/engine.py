@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 
 from regraft import engine_cache
 from regraft.engine_cache import CacheKey
-from regraft.engines.base import (
+from regraft.engines.base import Engine
+from regraft.engines.cuda_runtime import Cuda
+from regraft.engines.options import (
     BuildOption,
     BuildOptions,
     BuildProgress,
-    Engine,
     EngineOptions,
     Shape,
 )
-from regraft.engines.cuda_runtime import Cuda
 from regraft.engines.tensorrt.builder import BuilderOptions, build
 from regraft.engines.tensorrt.inspect import look_at_engine
 from regraft.engines.tensorrt.listeners import failure, logger

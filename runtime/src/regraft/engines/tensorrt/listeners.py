@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-from regraft.engines.base import BuildProgress
+from regraft.engines.options import BuildProgress
 from regraft.errors import EngineError
 
 _log = logging.getLogger("regraft.tensorrt")
