@@ -12,5 +12,6 @@ module              does
 ``work``            computes one shard
 ``processes``       spreads shards over processes of this machine
 ``on_ray``          spreads shards over a Ray cluster
+``crews``           who of these computes, as asked for
 ==================  ======================================================================
 """

@@ -12,33 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from regraft.bulk.on_ray import RayCrew
-from regraft.bulk.processes import ProcessCrew
-from regraft.bulk.run import Crew, choose_shard_size, extract_folder, job_of
-from regraft.bulk.work import Opening, Task, Watcher, compute
-from regraft.bundle import Bundle
+from regraft.bulk.work import Opening
 from regraft.cli.options import add_engine, add_force, at_least, file_name, thread_count, words
-from regraft.engines.cores import usable_cores
 from regraft.errors import InputError, UsageError
-from regraft.feature_files import DTYPES, SUFFIXES, check_suffix, feature_file
-from regraft.features import SOURCES, available_fields
+from regraft.extraction import into_file, into_folder
+from regraft.feature_files import DTYPES, SUFFIXES, check_suffix
+from regraft.features import SOURCES
 from regraft.files import check_output
 from regraft.images import list_images
 from regraft.parquet_files import require_pyarrow
-from regraft.pipeline import default_workers
 from regraft.pixel_extractor import BATCH_SIZE
-from regraft.progress import Progress
-from regraft.rows import rows_of, shapes_of
-from regraft.wording import counted, some_unread
+from regraft.wording import some_unread
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,48 +96,6 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@dataclass
-class Summary:
-    """What one run did, for people and for ``--json``.
-
-    Attributes:
-        images: with features, in what was written.
-        computed: looked at in this run.
-        failed: path and message of each image without features.
-        shards: of a folder: how many there are, and how many of them an earlier run had finished.
-    """
-
-    out: str
-    engine: str
-    dtype: str
-    images: int = 0
-    computed: int = 0
-    seconds: float = 0.0
-    arrays: dict[str, list[int]] = field(default_factory=dict)
-    failed: list[dict[str, str]] = field(default_factory=list)
-    shards: dict[str, int] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; ``seconds`` from the first image to the whole output."""
-        content = {name: value for name, value in vars(self).items() if value is not None}
-        del content["computed"]
-        return {**content, "images_per_second": self._rate()}
-
-    def lines(self) -> Iterator[str]:
-        """The summary in words."""
-        shapes = ", ".join(f"{n} {tuple(shape)}" for n, shape in self.arrays.items())
-        others = f" ({len(self.failed)} could not be read)" if self.failed else ""
-        yield f"{self.out}: {counted(self.images, 'image')}{others}, {self.dtype}: {shapes}"
-        if self.shards is not None:
-            shards = counted(self.shards["all"], "shard")
-            yield f"{shards}, {self.shards['resumed']} of them there before"
-        if self.computed:
-            yield f"{self.engine}: {self.seconds:.1f} s, {self._rate():.1f} images per second"
-
-    def _rate(self) -> float:
-        return self.computed / self.seconds if self.seconds else 0.0
-
-
 def run(args: argparse.Namespace) -> int:
     """Extracts, and prints what was done."""
     folder = _is_folder(args.out)
@@ -161,7 +106,20 @@ def run(args: argparse.Namespace) -> int:
         check_suffix(args.out)
         check_output(args.out, args.force)
     paths = list_images(args.images)
-    summary = _extract_folder(paths, args) if folder else _extract_file(paths, args)
+    opening = _opening(args)
+    if folder:
+        summary = into_folder(
+            paths,
+            opening,
+            args.out,
+            args.dtype,
+            force=args.force,
+            shard_size=args.shard_size,
+            processes=args.processes,
+            ray=args.ray,
+        )
+    else:
+        summary = into_file(paths, opening, args.out, args.dtype, force=args.force)
     if args.json:
         print(json.dumps(summary.to_json()))
     else:
@@ -225,81 +183,3 @@ def _opening(args: argparse.Namespace) -> Opening:
         draft=args.draft,
         outputs=None if args.outputs is None else tuple(dict.fromkeys(args.outputs)),
     )
-
-
-def _extract_file(paths: list[Path], args: argparse.Namespace) -> Summary:
-    with (
-        _opening(args).open() as extractor,
-        feature_file(args.out, args.dtype, args.force) as writer,
-        Progress(len(paths), "images", "extracting") as progress,
-    ):
-        summary = Summary(args.out, extractor.engine, args.dtype, computed=len(paths))
-        started = time.monotonic()
-        for rows in rows_of(extractor, paths, [str(path) for path in paths]):
-            writer.append(rows)
-            for path, error in zip(rows.paths, rows.errors, strict=True):
-                if error is not None:
-                    progress.note(f"regraft: {error}")
-                    summary.failed.append({"path": path, "message": error})
-            progress.advance(len(rows))
-    summary.images = writer.rows
-    summary.arrays = {name: [writer.rows, *shape] for name, shape in writer.shapes.items()}
-    summary.seconds = time.monotonic() - started
-    return summary
-
-
-def _extract_folder(paths: list[Path], args: argparse.Namespace) -> Summary:
-    names = [str(path) for path in paths]
-    with ExitStack() as stack:
-        opening, workers, crew = _crew(args, stack)
-        bundle = Bundle.open(args.bundle)
-        fields = opening.outputs or available_fields(
-            bundle.manifest.outputs, bundle.manifest.tokens
-        )
-        shapes = shapes_of(bundle.manifest, fields)
-        size = choose_shard_size(
-            args.out,
-            args.shard_size,
-            images=len(names),
-            pixels=3 * math.prod(bundle.manifest.image_size),
-            shapes=shapes,
-            dtype=args.dtype,
-            workers=workers,
-        )
-        job = job_of(bundle, opening, names, args.dtype, size)
-        outcome = extract_folder(job, args.out, names, crew, force=args.force)
-    return Summary(
-        out=args.out,
-        engine=job.engine,
-        dtype=job.dtype,
-        images=outcome.images,
-        computed=outcome.computed,
-        seconds=outcome.seconds,
-        arrays={name: [outcome.images, *shape] for name, shape in shapes.items()},
-        failed=[{"path": path, "message": message} for path, message in outcome.failed],
-        shards={"all": outcome.shards, "resumed": outcome.resumed},
-    )
-
-
-def _crew(args: argparse.Namespace, stack: ExitStack) -> tuple[Opening, int, Crew]:
-    """How the bundle is opened (by which engine, named), how many share the work, and who does."""
-    opening, processes = _opening(args), args.processes or 1
-    if args.ray:
-        crew = stack.enter_context(RayCrew.connect(opening, args.processes))
-        return crew.opening, crew.slots, crew
-    extractor = stack.enter_context(opening.open())
-    opening = replace(opening, engine=extractor.engine)
-    if processes == 1:
-
-        def alone(tasks: Sequence[Task], watcher: Watcher) -> None:
-            for task in tasks:
-                compute(extractor, task, watcher)
-
-        return opening, 1, alone
-    extractor.close()
-    share = replace(
-        opening,
-        threads=opening.threads or max(1, usable_cores() // processes),
-        workers=opening.workers or max(1, default_workers() // processes),
-    )
-    return opening, processes, ProcessCrew(share, processes)
