@@ -2,8 +2,10 @@
 
 - ``document.py``: reading and writing a graph, names, spans of nodes.
 - ``anchors.py``: where in a graph the tokens enter, blocks end, down-projections sit.
-- ``token_axis.py``, ``token_rules.py``, ``shape_values.py``, ``dims.py``: follow the token axis
-  through every operator and find baked token counts.
+- ``token_axis.py``, ``shape_values.py``, ``dims.py``: follow the token axis through every operator
+  and find baked token counts.
+- ``token_rules.py``, ``token_sums.py``, ``token_moves.py``, ``token_reshapes.py``: what each
+  operator does to it.
 - ``value_bounds.py``: between which numbers all elements of a tensor lie, whatever the images.
 - ``drop_neutral_mask.py``: rewrite: attention masks that mask nothing go.
 - ``append_register.py``: rewrite: the register enters, token counts grow.

@@ -8,7 +8,7 @@ features without any message.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import onnx_graphsurgeon as gs
@@ -170,3 +170,7 @@ class TokenAxis:
         # Shape arithmetic may carry one element to several nodes, which then must agree.
         if self.settled.setdefault(origin, wanted) != wanted:
             raise self.undecided(node, f"a shared constant, {before},")
+
+
+Rule = Callable[[TokenAxis, gs.Node], list[Dims]]
+"""What a kind of operator does to the token axis: a node -> the dimensions of its outputs."""
