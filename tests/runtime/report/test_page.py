@@ -20,7 +20,8 @@ from regraft.bundle import Bundle
 from regraft.images import decode
 from regraft.report.colours import VIRIDIS, table
 from regraft.report.markup import png_uri
-from regraft.report.measure import PICTURE_EDGE, Measurement, Source, measure
+from regraft.report.measure import PICTURE_EDGE, Source, measure
+from regraft.report.measurement import Measurement
 from regraft.report.wording import headline, percent
 
 Regraft = Callable[..., tuple[int, str, str]]

@@ -23,7 +23,8 @@ from regraft.progress import Progress
 from regraft.wording import some_unread
 
 if TYPE_CHECKING:
-    from regraft.report.measure import Measurement, Source
+    from regraft.report.measure import Source
+    from regraft.report.measurement import Measurement
 
 MAX_IMAGES = 16
 BATCH_SIZE = 8

@@ -2,7 +2,7 @@
 
 ::
 
-    measure.py   runs the probe graphs over images and keeps norms and attention
+    measure.py   runs the probe graphs over images;  measurement.py  the norms and attention kept
     scales.py    numbers to places on an axis or a colour bar, and their ticks
     colours.py   the colour tables and the colour bars
     maps.py      one image: the picture, norm maps and attention maps

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from regraft.report.charts import Axis, Plot, Series, legend
 from regraft.report.markup import Content, Markup, clean, el
-from regraft.report.measure import Measurement
+from regraft.report.measurement import Measurement
 from regraft.report.scales import Scale, log_scale, zero_scale
 from regraft.report.wording import (
     COSINE_OF,

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regraft.report.colours import MAGMA, VIRIDIS, ColourScale
-from regraft.report.measure import Measurement, State
+from regraft.report.measurement import Measurement, State
 from regraft.report.scales import log_scale
 from regraft.report.wording import looked_at, percent, short, stand_in, tick_percent
 

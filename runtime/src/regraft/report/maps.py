@@ -12,7 +12,7 @@ from regraft.effect import Effect
 from regraft.report.colours import ColourScale
 from regraft.report.layer_maps import LayerMaps, MapScales, When, numbers_of, outline
 from regraft.report.markup import Markup, clean, el, fragment, png_uri
-from regraft.report.measure import Measurement
+from regraft.report.measurement import Measurement
 from regraft.report.wording import cosine, count, counted, looked_at, short
 
 

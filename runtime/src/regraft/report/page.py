@@ -22,7 +22,7 @@ from regraft.report.facts import bundle_facts, preprocessing_facts
 from regraft.report.layer_maps import MapScales, map_scales
 from regraft.report.maps import samples
 from regraft.report.markup import Markup, clean, el, fragment
-from regraft.report.measure import Measurement
+from regraft.report.measurement import Measurement
 from regraft.report.wording import (
     cosine,
     count,

@@ -13,7 +13,7 @@ from regraft.bundle import VERIFY, Bundle
 from regraft.neurons import Neurons
 from regraft.report.figures import layer_figures
 from regraft.report.markup import Content, Markup, clean, el, fragment
-from regraft.report.measure import Measurement
+from regraft.report.measurement import Measurement
 from regraft.report.wording import DASH, cosine, count, counted, percent, short, stand_in
 
 _CONDITIONS = {

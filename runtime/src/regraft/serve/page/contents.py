@@ -13,7 +13,7 @@ from regraft.report.colours import ColourScale
 from regraft.report.figures import attention, profile
 from regraft.report.layer_maps import LayerMaps, When, map_scales, numbers_of, outline
 from regraft.report.markup import Markup, png_uri
-from regraft.report.measure import Measurement
+from regraft.report.measurement import Measurement
 from regraft.report.tables import by_layer
 from regraft.report.wording import (
     COSINE_OF,

@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 from regraft.bundle import Bundle
 from regraft.engines import EngineOptions, engine_class
-from regraft.report.measure import ENGINE, Measurement, Source, measure
+from regraft.report.measure import ENGINE, Source, measure
+from regraft.report.measurement import Measurement
 from regraft.serve.model import Model
 from regraft.serve.pixels import open_image
 from regraft.serve.refusals import Kind, Refusal, unavailable
