@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from regraft.bench_row import measure
 from regraft.bundle import Bundle
 from regraft.commands import bench
 from regraft.engines import open_engine
@@ -110,7 +111,7 @@ def test_wrong_outputs_are_not_timed(
         open_engine(bundle.graph("baseline")) as baseline,
         open_engine(bundle.graph("model")) as patched,
     ):
-        assert bench.measure(bundle, baseline, patched, pixels, 0, 2).rounds == 2
+        assert measure(bundle, baseline, patched, pixels, 0, 2).rounds == 2
         honest, calls = patched._run, 0
 
         def spoiled(images: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
@@ -123,7 +124,7 @@ def test_wrong_outputs_are_not_timed(
 
         patched._run = spoiled
         with pytest.raises(GateError, match=message):
-            bench.measure(bundle, baseline, patched, pixels, 0, 5)
+            measure(bundle, baseline, patched, pixels, 0, 5)
 
 
 def test_random_pictures_are_like_photographs() -> None:

@@ -11,7 +11,7 @@ import argparse
 import json
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,18 @@ from PIL import Image
 
 from regraft import __version__
 from regraft.bench_plot import Pair, svg
+from regraft.bench_row import Row, measure
 from regraft.bundle import Bundle
 from regraft.cli.options import add_engine, add_force, at_least, duration, file_name, integers
 from regraft.engines import Engine, EngineOptions
 from regraft.engines.cores import processor
-from regraft.errors import GateError, ImageError
-from regraft.extractor import Extractor
-from regraft.features import Features
+from regraft.errors import ImageError
 from regraft.files import check_output, whole_file
 from regraft.images import decode, list_images
 from regraft.preprocessing import Preprocessing
-from regraft.timing import Ratio, race
 from regraft.verification import Engines
 from regraft.wording import unread
 
-_TOLERANCE = 1e-5  # relative to the largest value; the same graph on the same pixels
 _SMOOTH = 12  # cells per side of the random pictures' colour fields
 
 
@@ -67,21 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_force(parser)
     parser.add_argument("--json", action="store_true", help="print the figures for machines")
-
-
-@dataclass(frozen=True)
-class Row:
-    """The figures of one batch size; times in milliseconds per run."""
-
-    batch: int
-    rounds: int
-    baseline_ms: float
-    baseline_p99_ms: float
-    patched_ms: float
-    patched_p99_ms: float
-    ratio: Ratio
-    baseline_images_per_second: float
-    patched_images_per_second: float
 
 
 def run(args: argparse.Namespace) -> int:
@@ -121,85 +103,6 @@ def _plot(args: argparse.Namespace, about: dict[str, Any], rows: Sequence[Row]) 
     title = f"{about['model']}, {about['precision']}, {about['engine']}"
     with whole_file(args.plot, args.force) as file:
         file.write_text(svg(title, f"{details}; {about['processor']}", pairs), encoding="utf-8")
-
-
-def measure(
-    bundle: Bundle,
-    baseline: Engine,
-    patched: Engine,
-    pixels: NDArray[np.float32],
-    seconds: float,
-    rounds: int,
-) -> Row:
-    """Times one batch on both engines and checks what they return.
-
-    Args:
-        bundle: where both graphs come from.
-        baseline: opened on the graph ``baseline``.
-        patched: opened on the graph ``model``.
-        pixels: preprocessed images, float32 (B, 3, H, W).
-        seconds: how long to measure.
-        rounds: how many rounds at least.
-
-    Raises:
-        GateError: a timed run returned something else than the extractor.
-    """
-    # Both give what the baseline has, so that the register's own output is not counted against it.
-    names = list(baseline.outputs)
-    expected = {
-        "baseline": _features(bundle, baseline.run(pixels, names)),
-        "patched": Extractor(bundle, patched).run(pixels).arrays(),
-    }
-
-    def check(name: str, outputs: Any) -> None:
-        _expect_equal(name, _features(bundle, outputs), expected[name])
-
-    times = race(
-        {
-            "baseline": lambda: baseline.run(pixels, names),
-            "patched": lambda: patched.run(pixels, names),
-        },
-        seconds=seconds,
-        rounds=rounds,
-        check=check,
-    )
-    before, after = times["baseline"], times["patched"]
-    return Row(
-        batch=len(pixels),
-        rounds=len(before.seconds),
-        baseline_ms=before.median * 1e3,
-        baseline_p99_ms=before.p99 * 1e3,
-        patched_ms=after.median * 1e3,
-        patched_p99_ms=after.p99 * 1e3,
-        ratio=Ratio.of(after, before),
-        baseline_images_per_second=len(pixels) / before.median,
-        patched_images_per_second=len(pixels) / after.median,
-    )
-
-
-def _features(bundle: Bundle, outputs: Any) -> dict[str, NDArray[np.float32]]:
-    count = len(next(iter(outputs.values())))
-    return Features.from_outputs(outputs, bundle.manifest.tokens, range(count)).arrays()
-
-
-def _expect_equal(
-    graph: str,
-    got: dict[str, NDArray[np.float32]],
-    expected: dict[str, NDArray[np.float32]],
-) -> None:
-    if not got:
-        raise GateError(f"bench: {graph} returned nothing to compare")
-    for name, array in got.items():
-        want = expected[name]
-        if not np.isfinite(array).all():
-            raise GateError(f"bench: {name} of {graph} holds NaN or Inf; its time means nothing")
-        worst = float(np.abs(array - want).max(initial=0.0))
-        limit = _TOLERANCE * float(np.abs(want).max(initial=0.0))
-        if worst > limit:
-            raise GateError(
-                f"bench: {name} of {graph} differs from what the extractor gives by {worst:.3g}; "
-                f"expected at most {limit:.3g}; its time means nothing"
-            )
 
 
 def _pictures(
