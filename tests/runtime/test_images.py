@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from regraft.errors import ImageError, InputError
-from regraft.images import decode, list_images, name_of, private
+from regraft.image_files import list_images
+from regraft.images import decode, name_of, private
 from regraft.preprocessing import Preprocessing
 
 HALF = (0.5, 0.5, 0.5)

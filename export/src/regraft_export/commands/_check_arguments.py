@@ -70,7 +70,7 @@ def images(args: argparse.Namespace, neurons: Neurons, found: Survey) -> NDArray
     """
     import numpy as np
 
-    from regraft.images import list_images
+    from regraft.image_files import list_images
     from regraft.pipeline import Failure, batches
     from regraft.progress import Progress
 

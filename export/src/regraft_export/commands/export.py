@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exports, and prints what was found."""
     from regraft.files import check_output
-    from regraft.images import list_images
+    from regraft.image_files import list_images
     from regraft.manifest import NAME
     from regraft.neurons import Neurons
     from regraft.progress import Progress

@@ -104,7 +104,7 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Finds the neurons, writes the file, prints a summary."""
     from regraft.files import check_output, whole_file
-    from regraft.images import list_images
+    from regraft.image_files import list_images
 
     if args.detection_layer is not None and (args.max_layer or 0) > args.detection_layer:
         raise UsageError(

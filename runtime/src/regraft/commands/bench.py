@@ -28,7 +28,8 @@ from regraft.engines import Engine, EngineOptions
 from regraft.engines.cores import processor
 from regraft.errors import ImageError
 from regraft.files import check_output, whole_file
-from regraft.images import decode, list_images
+from regraft.image_files import list_images
+from regraft.images import decode
 from regraft.preprocessing import Preprocessing
 from regraft.verification import Engines
 from regraft.wording import unread

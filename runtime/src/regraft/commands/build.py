@@ -24,7 +24,7 @@ from regraft.cli.options import add_precision, at_least, thread_count
 from regraft.commands.verify import add_reference, lines, open_reference
 from regraft.engines import AUTO, NAMES
 from regraft.errors import EngineError
-from regraft.images import list_images
+from regraft.image_files import list_images
 from regraft.pipeline import Batch, batches
 from regraft.progress import BuildBar, Progress
 from regraft.verification import Verification

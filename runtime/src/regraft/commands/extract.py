@@ -22,7 +22,7 @@ from regraft.extraction import into_file, into_folder
 from regraft.feature_files import DTYPES, SUFFIXES, check_suffix
 from regraft.features import SOURCES
 from regraft.files import check_output
-from regraft.images import list_images
+from regraft.image_files import list_images
 from regraft.parquet_files import require_pyarrow
 from regraft.pixel_extractor import BATCH_SIZE
 from regraft.wording import some_unread

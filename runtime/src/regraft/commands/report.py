@@ -18,7 +18,7 @@ from regraft.bundle import Bundle
 from regraft.cli.options import add_force, at_least, file_name, thread_count
 from regraft.errors import ImageError, InputError
 from regraft.files import check_output, whole_file
-from regraft.images import list_images
+from regraft.image_files import list_images
 from regraft.progress import Progress
 from regraft.wording import some_unread
 

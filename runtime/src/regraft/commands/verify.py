@@ -25,7 +25,7 @@ from regraft.bundle import Bundle
 from regraft.cli.options import add_engine, at_least
 from regraft.engines import EngineOptions
 from regraft.errors import InputError, UsageError, how_to_install
-from regraft.images import list_images
+from regraft.image_files import list_images
 from regraft.manifest import CUDA_GRAPHS
 from regraft.pipeline import Failure, batches
 from regraft.progress import Progress
