@@ -3,63 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from regraft.serve.compression import inflate
-from regraft.serve.http_body import ClientGone, Receive, until_gone
+from regraft.serve.http_body import ClientGone, Receive, unless_gone
+from regraft.serve.http_exchange import JSON, Handler, Reply, Request
 from regraft.serve.messages import InferRequest, InferResponse
 from regraft.serve.refusals import INTERNAL_TEXT, Kind, Refusal, unavailable
 from regraft.serve.request_log import RequestLog
 from regraft.serve.rest_request import parse, parse_object
 from regraft.serve.rest_response import HEADER_LENGTH, Binary, encode, to_json
-from regraft.serve.service import Call, Service
+from regraft.serve.service import Service
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-_JSON = ("content-type", "application/json")
 _log = logging.getLogger("regraft.serve")
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An HTTP response."""
-
-    status: int = 200
-    body: bytes = b""
-    headers: tuple[tuple[str, str], ...] = ()
-
-    @classmethod
-    def json(cls, value: object, status: int = 200) -> Reply:
-        """One with a JSON body."""
-        return cls(status, to_json(value), (_JSON,))
-
-
-@dataclass
-class Request:
-    """An HTTP request on its way through the application; ``call`` collects for the log."""
-
-    method: str
-    path: str
-    headers: Mapping[str, str]
-    receive: Receive
-    parts: Mapping[str, str] = field(default_factory=dict)
-    call: Call = field(default_factory=Call)
-    received: int = 0
-
-    @property
-    def model(self) -> tuple[str, str]:
-        """Name and version in the path; an empty version if it names none."""
-        return self.parts["model"], self.parts.get("version") or ""
-
-
-Handler = Callable[[Request], Awaitable[Reply]]
 _MODEL = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?"
 
 
@@ -124,7 +87,7 @@ class Application:
         try:
             return await self._route(request)(request)
         except Refusal as refusal:
-            return _refused(refusal)
+            return Reply.refused(refusal)
         except (ClientGone, asyncio.CancelledError):
             raise
         except Exception:
@@ -147,7 +110,7 @@ class Application:
                 Reply(
                     405,
                     to_json({"error": f"{request.method[:20]} is not allowed here"}),
-                    (_JSON, ("allow", ", ".join(sorted(set(allowed))))),
+                    (JSON, ("allow", ", ".join(sorted(set(allowed))))),
                 )
             )
         raise Refusal(Kind.NOT_FOUND, "there is nothing at this path; see GET /v2")
@@ -239,34 +202,9 @@ class Application:
 def _to_reply(request: InferRequest, response: InferResponse) -> Reply:
     body, head = encode(response, Binary(request))
     if head is None:
-        return Reply(200, body, (_JSON,))
+        return Reply(200, body, (JSON,))
     kind = ("content-type", "application/octet-stream")
     return Reply(200, body, (kind, (HEADER_LENGTH, str(head))))
-
-
-async def unless_gone(work: asyncio.Future[Reply], receive: Receive) -> Reply:
-    """The result of ``work``, which is cancelled when the client goes away."""
-    gone = asyncio.ensure_future(until_gone(receive))
-    both: set[asyncio.Future[Any]] = {work, gone}
-    try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise ClientGone
-        return work.result()
-    finally:
-        for task in both:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await task
-
-
-def _refused(refusal: Refusal) -> Reply:
-    headers: tuple[tuple[str, str], ...] = (_JSON,)
-    if refusal.kind is Kind.UNAVAILABLE:
-        headers += (("retry-after", "1"),)
-    elif refusal.kind is Kind.UNAUTHENTICATED:
-        headers += (("www-authenticate", "Bearer"),)
-    return Reply(refusal.kind.http, to_json({"error": str(refusal)}), headers)
 
 
 def _fixed(reply: Reply) -> Handler:

@@ -1,16 +1,20 @@
-"""Reading request bodies: never more than the limits, never longer than patience lasts."""
+"""Reading request bodies: never more than the limits, never longer than patience lasts.
+
+And once one was read, noticing that its client went away.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any, TypeVar
 
 from regraft.serve.refusals import Kind, Refusal, invalid, unavailable
 from regraft.serve.settings import Limits
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+_Result = TypeVar("_Result")
 
 
 class ClientGone(Exception):  # noqa: N818 - nobody is left to be told of an error
@@ -109,7 +113,31 @@ async def _parts(receive: Receive) -> AsyncIterator[bytes]:
             return
 
 
-async def until_gone(receive: Receive) -> None:
-    """Returns when the client closes the connection; to be called once the body was read."""
+async def unless_gone(work: asyncio.Future[_Result], receive: Receive) -> _Result:
+    """The result of ``work``, which is cancelled when the client goes away.
+
+    Args:
+        work: what the answer is made by; begun once the body was read.
+        receive: of the ASGI application.
+
+    Raises:
+        ClientGone: it went away.
+    """
+    gone = asyncio.ensure_future(_until_gone(receive))
+    both: set[asyncio.Future[Any]] = {work, gone}
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientGone
+        return work.result()
+    finally:
+        for task in both:
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+async def _until_gone(receive: Receive) -> None:
+    """Returns when the client closes the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass

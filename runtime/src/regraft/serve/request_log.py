@@ -8,10 +8,9 @@ import sys
 import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from regraft.serve.http_app import Reply, Request
+from regraft.serve.http_exchange import Reply, Request
 
 _MOST = 10_000  # lines that wait for a slow reader; more are dropped
 

@@ -9,7 +9,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from importlib import resources
 
 from regraft.serve.compression import inflate
-from regraft.serve.http_app import Application, Handler, Reply, Request, unless_gone
+from regraft.serve.http_app import Application
+from regraft.serve.http_body import unless_gone
+from regraft.serve.http_exchange import Handler, Reply, Request
 from regraft.serve.page import contents
 from regraft.serve.page.viewer import Viewer, about
 from regraft.serve.service import Service
