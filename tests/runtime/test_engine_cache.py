@@ -12,9 +12,10 @@ from threading import Thread
 
 import pytest
 
-from regraft import engine_cache
+from regraft import engine_key
 from regraft.cache_trust import cache_root
-from regraft.engine_cache import CacheKey, Entry, graph_hashes, held, latest, new_entry
+from regraft.engine_cache import Entry, held, latest, new_entry
+from regraft.engine_key import CacheKey, graph_hashes
 from regraft.errors import EngineError
 
 KEY = CacheKey(
@@ -353,5 +354,5 @@ def test_the_cache_may_be_a_link_of_the_user(graph: Path, monkeypatch: pytest.Mo
 
 def test_the_schema_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     before = KEY.folder
-    monkeypatch.setattr(engine_cache, "SCHEMA", engine_cache.SCHEMA + 1)
+    monkeypatch.setattr(engine_key, "SCHEMA", engine_key.SCHEMA + 1)
     assert KEY.folder != before

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regraft.bundle import Bundle
-from regraft.engine_cache import CacheKey, Draft, latest, new_entry
+from regraft.engine_cache import Draft, latest, new_entry
+from regraft.engine_key import CacheKey
 from regraft.engines import (
     BuildOption,
     BuildOptions,

@@ -3,8 +3,8 @@
 An entry is one folder, ``engines/ENGINE/IDENTITY/KEY`` below
 :func:`regraft.cache_trust.cache_root`:
 
-- ``key.json``: what it was built of and for, see :class:`CacheKey`; KEY is the sha256 of it,
-  IDENTITY the sha256 of it without the build options.
+- ``key.json``: what it was built of and for, see :mod:`regraft.engine_key`; KEY is the sha256 of
+  it, IDENTITY the sha256 of it without the build options.
 - ``record.json``: when it was built, size and sha256 of every other file, and the report of the
   build (what was built, and the verification that it passed).
 - whatever the engine's ``build`` wrote.
@@ -20,7 +20,6 @@ all others there.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -33,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.cache_trust import cache_root, make_private, refuse_bundle, refuse_foreign, refused
-from regraft.errors import EngineError
+from regraft.engine_key import SCHEMA, CacheKey, digest, file_sha256
 from regraft.files import whole_folder
 
 try:
@@ -41,48 +40,8 @@ try:
 except ImportError:  # Windows, where nothing is locked
     fcntl = None  # type: ignore[assignment]
 
-SCHEMA = 1
-WEIGHTS = "weights.data"  # the one external-data file of every graph of a bundle
 KEY, RECORD = "key.json", "record.json"
 _ABANDONED = 24 * 3600.0  # seconds after which nobody is still filling a hidden folder
-
-
-@dataclass(frozen=True)
-class CacheKey:
-    """What a built engine depends on; any difference gives another entry.
-
-    Attributes:
-        engine: name, such as ``tensorrt``.
-        version: of the library that built it, and runs it.
-        device: what it was built for, in the library's words.
-        precision: fp32, fp16 or bf16: of its arithmetic.
-        graph_sha256: of the ONNX file.
-        weights_sha256: of the external data beside it; None if there is none.
-        options: build option -> value, all of them, defaults included.
-    """
-
-    engine: str
-    version: str
-    device: str
-    precision: str
-    graph_sha256: str
-    weights_sha256: str | None
-    options: Mapping[str, int | str] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of ``key.json``."""
-        return {"schema": SCHEMA, **vars(self), "options": dict(self.options)}
-
-    @property
-    def group(self) -> Path:
-        """The folder of all entries that differ from this one in nothing but build options."""
-        identity = {name: v for name, v in self.to_json().items() if name != "options"}
-        return cache_root() / "engines" / self.engine / _digest(identity)
-
-    @property
-    def folder(self) -> Path:
-        """Where the entry is, or would be."""
-        return self.group / _digest(self.to_json())
 
 
 @dataclass(frozen=True)
@@ -108,16 +67,6 @@ class Draft:
 
     folder: Path
     report: dict[str, Any] = field(default_factory=dict)
-
-
-def graph_hashes(graph: Path) -> tuple[str, str | None]:
-    """The sha256 of an ONNX file, and of :data:`WEIGHTS` beside it if that exists.
-
-    Raises:
-        EngineError: a file cannot be read.
-    """
-    weights = graph.parent / WEIGHTS
-    return _sha256(graph), _sha256(weights) if weights.exists() else None
 
 
 @contextmanager
@@ -225,7 +174,7 @@ def _seal(folder: Path, key: CacheKey, report: Mapping[str, Any]) -> None:
         file.chmod(0o700 if file.is_dir() else 0o600)
         if file.is_file():
             name = file.relative_to(folder).as_posix()
-            files[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            files[name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
     built = datetime.now(UTC).isoformat(timespec="microseconds")
     record = {"schema": SCHEMA, "built": built, "files": files, "report": dict(report)}
     for name, content in ((KEY, key.to_json()), (RECORD, record)):
@@ -248,7 +197,7 @@ def _read(folder: Path, key: CacheKey) -> tuple[Entry, Mapping[str, Mapping[str,
     except (ValueError, KeyError, TypeError) as error:
         raise refused(folder, f"is damaged: {KEY} or {RECORD} is malformed ({error})") from None
     expected = {**key.to_json(), "options": found["options"]}
-    if found != expected or folder.name != _digest(found):
+    if found != expected or folder.name != digest(found):
         raise refused(folder, f"is of unknown origin: {KEY} does not belong to this folder")
     return entry, files
 
@@ -260,7 +209,7 @@ def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     for name, expected in files.items():
         if name not in present:
             raise refused(folder, f"is damaged: {name} is missing")
-        if _sha256(folder / name) != expected.get("sha256"):
+        if file_sha256(folder / name) != expected.get("sha256"):
             raise refused(folder, f"is damaged: {name} was changed (its sha256 differs)")
 
 
@@ -269,16 +218,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise EngineError(f"{path}: cannot be read ({error.strerror})") from None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft import engine_cache
-from regraft.engine_cache import CacheKey
+from regraft.engine_key import CacheKey, graph_hashes
 from regraft.engines.base import Engine
 from regraft.engines.options import (
     BuildOption,
@@ -164,7 +164,7 @@ def cache_key(
     """
     version, device = kind.environment()
     version += kind.toolchain(graph)
-    graph_sha256, weights_sha256 = engine_cache.graph_hashes(graph)
+    graph_sha256, weights_sha256 = graph_hashes(graph)
     return CacheKey(
         engine=kind.name,
         version=version,

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regraft import engine_cache
-from regraft.engine_cache import CacheKey
+from regraft.engine_key import CacheKey
 from regraft.engines.base import Engine
 from regraft.engines.cuda_runtime import Cuda
 from regraft.engines.options import (
