@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from regraft.preprocessing import CropOffset, Interpolation, Preprocessing, ResizeRule
+from regraft.cropping import CropOffset
+from regraft.preprocessing import Interpolation, Preprocessing, ResizeRule
 
 PLAIN = Preprocessing(
     image_size=(16, 24),

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from regraft.cropping import CropOffset, cut, offset, window
+
 ResizeRule = Literal["shortest-edge", "cover", "fit", "exact", "none"]
-CropOffset = Literal["round", "floor"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 
 _FILTERS = {name: Image.Resampling[name.upper()] for name in get_args(Interpolation)}
@@ -119,13 +120,15 @@ class Preprocessing:
             image = image.convert("RGB")
         resized = self.resized_size((image.height, image.width))
         top, left = (
-            self._offset(have, want) for have, want in zip(resized, self.image_size, strict=True)
+            offset(have, want, self.crop_offset)
+            for have, want in zip(resized, self.image_size, strict=True)
         )
+        resampling = _FILTERS[self.interpolation]
         if resized[0] * resized[1] > _MAX_RESIZED_PIXELS:
-            image, top, left = self._window(image, resized, top, left)
+            image, top, left = window(image, resized, (top, left), self.image_size, resampling)
         elif resized != (image.height, image.width):
-            image = image.resize((resized[1], resized[0]), _FILTERS[self.interpolation])
-        return self._cut(image, top, left)
+            image = image.resize((resized[1], resized[0]), resampling)
+        return cut(image, (top, left), self.image_size, self.fill)
 
     def resized_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Size (H, W) after resizing and before the crop, of a picture of ``size`` (H, W)."""
@@ -190,50 +193,6 @@ class Preprocessing:
         mean, std = (np.array(v, np.float32)[:, None] for v in (self.mean, self.std))
         table: NDArray[np.float32] = (levels - mean) / std
         return table
-
-    def _offset(self, have: int, want: int) -> int:
-        """First row (or column) of the crop; negative where the picture is padded."""
-        if self.crop_offset == "floor":
-            return (have - want) // 2
-        # Python's rounding to even is part of the rule; padding puts the odd pixel at the end.
-        return round((have - want) / 2) if have >= want else -((want - have) // 2)
-
-    def _cut(self, image: Image.Image, top: int, left: int) -> Image.Image:
-        height, width = self.image_size
-        box = (left, top, left + width, top + height)
-        if box == (0, 0, image.width, image.height):
-            return image
-        inside = (max(left, 0), max(top, 0), min(box[2], image.width), min(box[3], image.height))
-        if inside == box:
-            return image.crop(box)
-        canvas = Image.new("RGB", (width, height), self.fill)
-        canvas.paste(image.crop(inside), (max(-left, 0), max(-top, 0)))
-        return canvas
-
-    def _window(
-        self, image: Image.Image, resized: tuple[int, int], top: int, left: int
-    ) -> tuple[Image.Image, int, int]:
-        """Resizes only what the crop will take of an extremely long picture.
-
-        Returns:
-            The resized window and where in it the crop begins (top, left).
-        """
-        ranges = []
-        for have, want, start in zip(resized, self.image_size, (top, left), strict=True):
-            ranges.append((max(start, 0), min(start + want, have)))
-        (y0, y1), (x0, x1) = ranges
-        down, across = image.height / resized[0], image.width / resized[1]
-        window = image.resize(
-            (x1 - x0, y1 - y0),
-            _FILTERS[self.interpolation],
-            box=(
-                x0 * across,
-                y0 * down,
-                min(x1 * across, image.width),
-                min(y1 * down, image.height),
-            ),
-        )
-        return window, min(top, 0), min(left, 0)
 
 
 def _is_tuple(value: object, count: int, *kinds: type) -> bool:
