@@ -12,6 +12,7 @@ module              does
 ``work``            computes one shard
 ``processes``       spreads shards over processes of this machine
 ``on_ray``          spreads shards over a Ray cluster
+``ray_plan``        how many actors that has room for, and what they book
 ``crews``           who of these computes, as asked for
 ==================  ======================================================================
 """

@@ -10,7 +10,6 @@ retrying of what a lost node had in work.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import pickle
 from collections.abc import Generator, Iterator, Sequence
@@ -21,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from regraft.bulk.ray_plan import DECODING_CPUS, planned
 from regraft.bulk.work import Opening, Task, Watcher, write
 from regraft.bundle import Bundle, record
-from regraft.engines import AUTO
 from regraft.errors import (
     BundleError,
     ImageError,
@@ -37,12 +36,6 @@ from regraft.manifest import NAME
 from regraft.pipeline import Batch, Failure
 from regraft.preprocessing import Preprocessing
 from regraft.rows import in_order
-
-_ON_GPU = ("ort-cuda", "tensorrt")
-# An engine's actor books more than half of a node, so that no two share one; a decoding task books
-# less than the rest of a node of one core. The threads of both share the cores. Ray fuses steps
-# that book the same, hence the little less.
-_ENGINE_SHARE, _DECODING_CPUS, _LESS = 0.6, 0.4, 0.001
 
 
 @dataclass(frozen=True)
@@ -79,35 +72,12 @@ class RayCrew:
         try:
             if own:
                 ray.init(log_to_driver=False, logging_level="error")
-            yield cls._plan(ray, opening, actors)
+            plan = planned(ray.nodes(), opening.engine, actors)
+            opening = replace(opening, engine=plan.engine)
+            yield cls(opening, plan.actors, plan.slots, plan.booked)
         finally:
             if own:
                 ray.shutdown()
-
-    @classmethod
-    def _plan(cls, ray: Any, opening: Opening, actors: int | None) -> RayCrew:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus = [node["CPU"] for node in nodes if node.get("CPU")]
-        gpus = int(sum(node.get("GPU", 0) for node in nodes))
-        if not cpus:
-            raise InputError("--ray: the cluster has no CPU to decode images on")
-        if opening.engine == AUTO:
-            if gpus:
-                raise InputError(
-                    f"--ray: the cluster has {gpus} GPUs; say with --engine what is to run "
-                    f"({', '.join(_ON_GPU)} or ort-cpu), because nodes might choose differently"
-                )
-            opening = replace(opening, engine="ort-cpu")
-        on_gpu = opening.engine in _ON_GPU
-        if on_gpu and not gpus:
-            raise InputError(f"--ray: {opening.engine} needs a GPU, and the cluster has none")
-        actors = actors or (gpus if on_gpu else len(cpus))
-        if on_gpu and actors > gpus:
-            raise InputError(f"--processes is {actors}, and the cluster has {gpus} GPUs")
-        per_node = math.ceil(actors / len(cpus))
-        share = _ENGINE_SHARE * min(cpus) / per_node - _LESS
-        booked = (0.0, 1.0) if on_gpu else (share, 0.0)
-        return cls(opening, actors, max(actors, int(sum(cpus))), booked)
 
     def __call__(self, tasks: Sequence[Task], watcher: Watcher) -> None:
         """Returns once all shards are written.
@@ -138,7 +108,7 @@ class RayCrew:
             fn_args=(self.opening,),
             batch_size=None,
             batch_format="pyarrow",
-            num_cpus=_DECODING_CPUS,
+            num_cpus=DECODING_CPUS,
         )
         return decoded.map_batches(
             _Actor,
