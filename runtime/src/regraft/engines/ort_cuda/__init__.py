@@ -1,6 +1,7 @@
 """ONNX Runtime on CUDA: the graph that export made for it, without PyTorch.
 
-- ``engine``: the engine, and what can go wrong when it opens.
+- ``engine``: the engine, and how it is built and opened.
+- ``remedies``: why it cannot run or failed, and what to do about it.
 - ``runner``: three streams, and one CUDA graph per slot of a batch size.
 - ``one_thread``: why runs of one session stay on one thread.
 - ``gate``: what may not happen while ONNX Runtime records, in whatever engine.

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from regraft.engines.base import Engine
 from regraft.engines.cuda_runtime import Cuda
 from regraft.engines.options import BuildOptions, BuildProgress, EngineOptions, Shape
+from regraft.engines.ort_cpu import ort_errors
 from regraft.engines.ort_cuda.gate import GATE
 from regraft.engines.ort_cuda.one_thread import OneThread
 from regraft.engines.ort_cuda.operators import (
@@ -27,34 +28,14 @@ from regraft.engines.ort_cuda.operators import (
     source_sha256,
     timed_products,
 )
-from regraft.engines.ort_cuda.runner import NO_MEMORY, SIZES, Runner, is_full
+from regraft.engines.ort_cuda.remedies import LIBRARIES, remedy, what_is_missing
+from regraft.engines.ort_cuda.runner import SIZES, Runner, is_full
 from regraft.engines.ort_cuda.session import PROVIDER, open_session, ports
 from regraft.engines.parts import parts_of, shapes_of
-from regraft.errors import EngineError, how_to_install
+from regraft.errors import EngineError
 from regraft.manifest import INPUT
 
-_LIBRARIES = "'onnxruntime-gpu[cuda,cudnn]'"
-_INSTALL = (
-    f"{how_to_install('regraft-runtime', 'cuda')}; where CUDA or cuDNN are not installed, also "
-    f"{_LIBRARIES}"
-)
 _log = logging.getLogger("regraft")
-# What a message of ONNX Runtime or CUDA says -> what to do. The first that fits counts.
-_REMEDIES = (
-    (
-        ("fallback to CPU EP", "assigned to the default CPU EP"),
-        "some nodes have no CUDA kernel and would run on the CPU; use ort-cpu or tensorrt, or "
-        "export again with this version, which writes a graph for CUDA",
-    ),
-    (
-        NO_MEMORY,
-        "the card has too little free memory; free some, or run smaller batches",
-    ),
-    (
-        ("unspecified launch failure", "illegal memory access", "device is lost", "ECC error"),
-        "the card was lost; restart the process",
-    ),
-)
 
 
 class OrtCudaEngine(Engine):
@@ -70,28 +51,7 @@ class OrtCudaEngine(Engine):
     @classmethod
     def unavailable(cls, precision: str) -> str | None:
         """Why it cannot run here: a package, the driver or the card is missing."""
-        try:
-            ort = importlib.import_module("onnxruntime")
-        except ImportError as error:
-            missing = isinstance(error, ModuleNotFoundError)
-            reason = "is not installed" if missing else f"cannot be imported ({error})"
-            return f"onnxruntime-gpu {reason}; {_INSTALL}"
-        if PROVIDER not in ort.get_available_providers():
-            return (
-                "the onnxruntime that is installed is the one for CPUs; "
-                f"pip uninstall onnxruntime, then {_INSTALL}"
-            )
-        try:
-            importlib.import_module("cuda.bindings.runtime")
-        except (ImportError, OSError) as error:
-            missing = isinstance(error, ModuleNotFoundError)
-            reason = "is not installed" if missing else f"cannot be loaded ({error})"
-            return f"cuda-bindings {reason}; {_INSTALL}"
-        try:
-            Cuda(engine=cls.name).card()
-        except EngineError as error:
-            return str(error).removeprefix(f"{cls.name}: ")
-        return None
+        return what_is_missing(cls.name)
 
     @classmethod
     def must_be_built(cls, precision: str, graph: Path) -> bool:
@@ -205,7 +165,7 @@ class OrtCudaEngine(Engine):
                 hints = " ".join(said.split()) or "see the log of onnxruntime"
                 raise EngineError(
                     f"{self.name}: the libraries of CUDA or cuDNN cannot be loaded ({hints}); "
-                    f"pip install {_LIBRARIES}"
+                    f"pip install {LIBRARIES}"
                 )
             size, outputs = ports(session, graph)
             parts = parts_of(session.get_modelmeta().custom_metadata_map, outputs)
@@ -269,16 +229,9 @@ class OrtCudaEngine(Engine):
 
     @classmethod
     def _foreign_errors(cls) -> tuple[type[Exception], ...]:
-        # onnxruntime's exceptions have no common base of their own, so they are collected.
-        state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
-        kinds = (kind for kind in vars(state).values() if isinstance(kind, type))
-        own = tuple(kind for kind in kinds if issubclass(kind, Exception))
-        return (*own, RuntimeError, ValueError)
+        return (*ort_errors(), ValueError)
 
     @classmethod
     def _reason(cls, error: Exception) -> str:
-        text = str(error)
-        for signs, remedy in _REMEDIES:
-            if any(sign.lower() in text.lower() for sign in signs):
-                return f"{super()._reason(error)}; {remedy}"
-        return super()._reason(error)
+        reason, advice = super()._reason(error), remedy(str(error))
+        return reason if advice is None else f"{reason}; {advice}"
