@@ -8,7 +8,8 @@ import pytest
 from tests.support import graphs
 
 from regraft_export.graph.document import read, tensor
-from regraft_export.graph.value_bounds import Bounds, bounds
+from regraft_export.graph.interval import Bounds
+from regraft_export.graph.value_bounds import bounds
 
 TRUE, FALSE = Bounds(1, 1, boolean=True), Bounds(0, 0, boolean=True)
 ZERO = Bounds(0, 0)

@@ -6,7 +6,8 @@
   and find baked token counts.
 - ``token_rules.py``, ``token_sums.py``, ``token_moves.py``, ``token_reshapes.py``: what each
   operator does to it.
-- ``value_bounds.py``: between which numbers all elements of a tensor lie, whatever the images.
+- ``value_bounds.py``, ``interval.py``: between which numbers all elements of a tensor lie, whatever
+  the images.
 - ``drop_neutral_mask.py``: rewrite: attention masks that mask nothing go.
 - ``append_register.py``: rewrite: the register enters, token counts grow.
 - ``rotary_tables.py``: rewrite: rotary positions become constants, with rows for the register.

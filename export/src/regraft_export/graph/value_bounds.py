@@ -10,7 +10,6 @@ order, and only comparisons that survive it are decided.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import inf, isfinite
 
 import numpy as np
@@ -18,39 +17,10 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from regraft_export.graph.document import dtype_of
+from regraft_export.graph.interval import Bounds, held, hull, in_type, is_exact, of_array, rounded
 from regraft_export.graph.token_rules import STANDARD_DOMAINS
 
-_MOST = 256  # integers up to it are exact in every type, bfloat16 among them
 _DEEPEST = 64
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What is known of every element of a tensor, none of which is NaN.
-
-    Attributes:
-        low, high: the elements lie between them, both included; of booleans 0 and 1.
-        boolean: whether they are booleans.
-    """
-
-    low: float
-    high: float
-    boolean: bool = False
-
-    @property
-    def zero(self) -> bool:
-        """Whether every element is the number 0."""
-        return self.low == self.high == 0 and not self.boolean
-
-    @property
-    def true(self) -> bool:
-        """Whether every element is true."""
-        return self.boolean and self.low == 1
-
-    @property
-    def false(self) -> bool:
-        """Whether every element is false."""
-        return self.boolean and self.high == 0
 
 
 def bounds(value: gs.Tensor, deepest: int = _DEEPEST) -> Bounds | None:
@@ -78,7 +48,7 @@ class _Reader:
 
     def _follow(self, value: gs.Tensor, deepest: int) -> Bounds | None:
         if isinstance(value, gs.Constant):
-            return _constant(value)
+            return of_array(np.asarray(value.values))
         if len(value.inputs) != 1 or not deepest:
             return None
         node = value.inputs[0]
@@ -92,69 +62,24 @@ _Inputs = Callable[[int], Bounds | None]
 _Rule = Callable[[gs.Node, _Inputs], Bounds | None]
 
 
-def _constant(value: gs.Constant) -> Bounds | None:
-    values = np.asarray(value.values)
-    if not values.size or values.dtype.kind in "OUSc":
-        return None
-    if values.dtype == np.bool_:
-        return Bounds(float(values.min()), float(values.max()), boolean=True)
-    wide = values.astype(np.float64)
-    return None if np.isnan(wide).any() else Bounds(float(wide.min()), float(wide.max()))
-
-
 def _same(node: gs.Node, read: _Inputs) -> Bounds | None:
     """Elements are moved, repeated or left out."""
     return read(0)
 
 
 def _union(node: gs.Node, read: _Inputs) -> Bounds | None:
-    return _hull([read(i) for i in range(len(node.inputs))])
-
-
-def _hull(parts: list[Bounds | None]) -> Bounds | None:
-    known = [b for b in parts if b is not None]
-    if not known or len(known) < len(parts) or len({b.boolean for b in known}) > 1:
-        return None
-    return Bounds(min(b.low for b in known), max(b.high for b in known), known[0].boolean)
+    return hull([read(i) for i in range(len(node.inputs))])
 
 
 def _cast(node: gs.Node, read: _Inputs) -> Bounds | None:
     given = read(0)
     kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(int(node.attrs["to"])))
-    return None if given is None else _as(given, kind)
+    return None if given is None else in_type(given, kind)
 
 
 def _cast_like(node: gs.Node, read: _Inputs) -> Bounds | None:
     given, like = read(0), node.inputs[1]
-    return None if given is None or like.dtype is None else _as(given, dtype_of(like))
-
-
-def _as(given: Bounds, kind: np.dtype[np.generic]) -> Bounds | None:
-    if kind == np.bool_:
-        nothing, something = given.low == given.high == 0, given.low > 0 or given.high < 0
-        return Bounds(float(something), float(not nothing), boolean=True)
-    if kind.kind == "f" or kind.name == "bfloat16":
-        return _held_by(kind, given)
-    if kind.kind not in "iu" or not (_exact(given.low) and _exact(given.high)):
-        return None
-    width = np.iinfo(kind.name)  # beyond it, numbers wrap around
-    return given if width.min <= given.low and given.high <= width.max else None
-
-
-def _held_by(kind: np.dtype[np.generic], given: Bounds) -> Bounds:
-    """Numbers in a floating-point type; those that it cannot hold may be anything beyond."""
-    with np.errstate(over="ignore"):
-        low, high = (float(np.float64(x).astype(kind)) for x in (given.low, given.high))
-    return Bounds(low if low == given.low else -inf, high if high == given.high else inf)
-
-
-def _rounded(low: float, high: float) -> Bounds:
-    """Numbers, of which those that some type cannot hold may be anything beyond."""
-    return Bounds(low if _exact(low) else -inf, high if _exact(high) else inf)
-
-
-def _exact(number: float) -> bool:
-    return number.is_integer() and abs(number) <= _MOST
+    return None if given is None or like.dtype is None else in_type(given, dtype_of(like))
 
 
 def _not(node: gs.Node, read: _Inputs) -> Bounds | None:
@@ -208,18 +133,12 @@ def _sum(node: gs.Node, a: Bounds | None, b: Bounds | None, sign: int) -> Bounds
     least, most = (0, 127) if kind is None else (-inf, inf)
     if kind is not None and integers:
         least, most = np.iinfo(kind.name).min, np.iinfo(kind.name).max
-        a, b = (_held(x, int(least), int(most)) for x in (a, b))
+        a, b = (held(x, int(least), int(most)) for x in (a, b))
     first, last = (b.low, b.high) if sign == 1 else (-b.high, -b.low)
     if inf in (a.high, last) and -inf in (a.low, first):
         return None  # infinity less infinity is NaN
     low, high = a.low + first, a.high + last
-    return _rounded(float(low), float(high)) if least <= low and high <= most else None
-
-
-def _held(given: Bounds, least: int, most: int) -> Bounds:
-    """Bounds of integers, as far as their type reaches; integers, since floats are not exact."""
-    low = int(given.low) if _exact(given.low) else least
-    return Bounds(low, int(given.high) if _exact(given.high) else most)
+    return rounded(float(low), float(high)) if least <= low and high <= most else None
 
 
 def _kind(node: gs.Node) -> np.dtype[np.generic] | None:
@@ -240,7 +159,7 @@ def _product(node: gs.Node, read: _Inputs) -> Bounds | None:
 def _range(node: gs.Node, read: _Inputs) -> Bounds | None:
     """However long it is, it begins at its start."""
     start, step = read(0), read(2)
-    if start is None or step is None or step.low < 0 or not _exact(start.low):
+    if start is None or step is None or step.low < 0 or not is_exact(start.low):
         return None
     return Bounds(start.low, inf)
 
@@ -260,12 +179,12 @@ def _where(node: gs.Node, read: _Inputs) -> Bounds | None:
     condition = read(0)
     if condition is not None and (condition.true or condition.false):
         return read(1 if condition.true else 2)
-    return _hull([read(1), read(2)])
+    return hull([read(1), read(2)])
 
 
 def _filled(node: gs.Node, read: _Inputs) -> Bounds | None:
     value = node.attrs.get("value")
-    return Bounds(0, 0) if value is None else _constant(gs.Constant("value", value.values))
+    return Bounds(0, 0) if value is None else of_array(np.asarray(value.values))
 
 
 _MOVES = (
