@@ -4,11 +4,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
+from regraft_export.graph.shape_arithmetic import evaluate
 from regraft_export.graph.shape_values import (
     Baked,
     Element,
     Elements,
-    evaluate,
     from_constant,
     from_shape,
     plain,

@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 from onnx import TypeProto, defs, helper, numpy_helper, shape_inference
 
 from regraft_export.graph import shape_values
+from regraft_export.graph.shape_arithmetic import evaluate
 from regraft_export.graph.shape_values import Elements, elements_of
 from regraft_export.onnx_file.view import View
 
@@ -154,7 +155,7 @@ def _compute(node: gs.Node, known: list[Elements | None], result: Shapes) -> Non
         if shape is not None:
             values = shape_values.from_shape(node, shape, shape)
     else:
-        values = shape_values.evaluate(node, known)
+        values = evaluate(node, known)
     if values is not None and node.outputs and values.size <= shape_values.MOST_ELEMENTS:
         result._elements[id(node.outputs[0])] = values
 

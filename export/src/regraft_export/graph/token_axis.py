@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 from regraft.errors import RewriteError
 from regraft_export.graph import shape_values
 from regraft_export.graph.dims import Dims
+from regraft_export.graph.shape_arithmetic import COMPUTED, evaluate
 from regraft_export.graph.shape_values import Baked, Elements, elements_of, plain
 from regraft_export.graph.token_rules import CONTRIBUTED_RULES, RULES, STANDARD_DOMAINS
 
@@ -68,11 +69,11 @@ class TokenAxis:
                 self.dims[id(output)] = dims
             return
         inputs = [self._elements(node, i) for i in range(len(node.inputs))]
-        values = shape_values.evaluate(node, inputs)
+        values = evaluate(node, inputs)
         if values is None:
             return
         self.elements[id(node.outputs[0])] = values
-        if node.op in shape_values.COMPUTED:
+        if node.op in COMPUTED:
             # The result keeps no trace of the constants it was computed from, so they must stay.
             for given in inputs:
                 self._settle_all(node, given)
