@@ -17,5 +17,6 @@
 - ``attention_sites.py``: where in a block's attention keys and values are read.
 - ``add_constants.py``: rewrite: an attention sees constant keys and values (variant kv).
 - ``attention_outputs.py``, ``norm_outputs.py``: rewrites that add outputs.
-- ``patch.py``: all of them in order, with the site counts checked.
+- ``patch.py``: all of them in order.
+- ``count_sites.py``: the sites they left in the finished graph, counted; none may be lost.
 """

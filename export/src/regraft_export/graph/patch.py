@@ -14,7 +14,6 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from regraft.errors import RewriteError
 from regraft.neurons import Neurons
 from regraft.redirect import RedirectOptions
 from regraft.rewrite_counts import Sites
@@ -25,6 +24,7 @@ from regraft_export.graph.anchors import Anchors
 from regraft_export.graph.append_register import append_register
 from regraft_export.graph.attention_outputs import cls_to_patches, to_every_token
 from regraft_export.graph.attention_sites import attention_site
+from regraft_export.graph.count_sites import Rewritten, count_sites
 from regraft_export.graph.document import read, tensor, write
 from regraft_export.graph.norm_outputs import token_norms
 from regraft_export.graph.redirect_neurons import redirect_neurons
@@ -146,30 +146,9 @@ def build(traced: Traced, patch: Patch | None, wanted: Wanted) -> Built:
     return Built(
         proto=proto,
         outputs={name: shape for name, (_, shape) in outputs.items()},
-        sites=None if rewritten is None else _count(graph, rewritten, wanted),
+        sites=None if rewritten is None else count_sites(graph, rewritten, probe=wanted.probe),
         nodes_added={} if rewritten is None else rewritten.nodes_added,
     )
-
-
-@dataclass(frozen=True)
-class _Rewritten:
-    """What the rewrites of a patch left behind.
-
-    Attributes:
-        weights: names of the weights with zeroed rows, one per touched layer.
-        mended: baked token counts, as ``node: before -> after``.
-        nodes_added: {layer: nodes}.
-        cut: tensor name -> the same without registers; empty in the variant kv.
-        registers: as they leave the network; None in the variant kv.
-        seen: {layer: keys its attention sees}, where that is not the number of tokens.
-    """
-
-    weights: list[str]
-    mended: list[str]
-    nodes_added: dict[int, int]
-    cut: dict[str, gs.Variable]
-    registers: gs.Variable | None
-    seen: dict[int, int]
 
 
 def _patch(
@@ -179,7 +158,7 @@ def _patch(
     wanted: Wanted,
     layout: TokenLayout,
     spans: Mapping[int, Sequence[gs.Node]],
-) -> _Rewritten:
+) -> Rewritten:
     anchors, options, layers = traced.anchors, patch.options, patch.neurons.layers
     downs = {i: places.down_projection(spans[i], traced.down[i], i) for i in layers}
     shape = (layout.count, layout.width)
@@ -191,7 +170,7 @@ def _patch(
     leaving = [anchors.hidden[i] for i in wanted.layers]
     cut, registers = remove_register(graph, anchors.final, leaving, layout.count, options.registers)
     weights = [f"regraft.redirect.{i}.weight" for i in layers]
-    return _Rewritten(weights, mended, added, cut, registers, {})
+    return Rewritten(weights, mended, added, cut, registers, {})
 
 
 def _patch_constants(
@@ -200,7 +179,7 @@ def _patch_constants(
     patch: Patch,
     constants: RegisterConstants,
     spans: Mapping[int, Sequence[gs.Node]],
-) -> _Rewritten:
+) -> Rewritten:
     """The variant kv: neurons silenced by weight, constants in the attentions that have some."""
     layout, neurons = traced.layout, patch.neurons
     downs = {i: places.down_projection(spans[i], traced.down[i], i) for i in neurons.layers}
@@ -214,7 +193,7 @@ def _patch_constants(
         seen[i] = layout.count + key.shape[1]
     bind_rotary_tables(graph, traced.tables, 0)
     weights = [weight_name(i) for i in downs]
-    return _Rewritten(weights, mended, dict.fromkeys(sites, NODES), {}, None, seen)
+    return Rewritten(weights, mended, dict.fromkeys(sites, NODES), {}, None, seen)
 
 
 _Outputs = dict[str, tuple[gs.Variable, tuple[int | str, ...]]]
@@ -253,31 +232,3 @@ def _more_outputs(
             ("batch", heads, *layout.grid),
         )
     return outputs
-
-
-def _count(graph: gs.Graph, rewritten: _Rewritten, wanted: Wanted) -> Sites:
-    """Counts the sites in the finished graph, and checks that none was lost."""
-    names = [node.name for node in graph.nodes]
-    weights = {t.name for node in graph.nodes for t in node.inputs if isinstance(t, gs.Constant)}
-    sites = Sites(
-        token=names.count("regraft.append_register"),
-        redirect=sum(name in weights for name in rewritten.weights),
-        output=sum(name.startswith("regraft.cut.") for name in names),
-        mended=tuple(rewritten.mended),
-        attention=sum(
-            {f"regraft.constant.{i}.{what}.join" for what in ("key", "value")} <= set(names)
-            for i in rewritten.seen
-        ),
-    )
-    found = (sites.token, sites.redirect, sites.output, sites.attention)
-    token = rewritten.registers is not None
-    # Cut: last_hidden_state, each further block output, the registers; a probe only the first.
-    cuts = (1 if wanted.probe else 1 + len(rewritten.cut)) if token else 0
-    expected = (int(token), len(rewritten.weights), cuts, len(rewritten.seen))
-    if found != expected:
-        raise RewriteError(
-            f"the patched graph has {found[0]} token, {found[1]} redirect, {found[2]} output and "
-            f"{found[3]} attention sites; expected {expected[0]}, {expected[1]}, {expected[2]} and "
-            f"{expected[3]}: a rewrite was lost"
-        )
-    return sites
