@@ -30,7 +30,8 @@ from benchmarks.served import Array, Served, serving
 from regraft.bundle import Bundle
 from regraft.engines import Engine, EngineOptions, open_graph
 from regraft.neurons import Neurons, RegisterNeuron
-from regraft_export.exporting import ExportOptions, export_bundle
+from regraft_export.export_options import ExportOptions
+from regraft_export.exporting import export_bundle
 from regraft_export.outlier_level import OutlierLevel
 from regraft_export.sources import load
 from regraft_export.vit.structure import from_module

@@ -28,7 +28,7 @@ from regraft.errors import GateError
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft.parity import LIMITS, Meter
 from regraft.redirect import RedirectOptions
-from regraft_export.exporting import ExportOptions
+from regraft_export.export_options import ExportOptions
 from regraft_export.graph.cuda.fuse import Choices, fuse, prepare
 from regraft_export.graph.patch import Patch, Wanted
 from regraft_export.reference import PyTorchReference

@@ -20,7 +20,7 @@ from regraft.engines import Engine, EngineOptions, open_engine
 from regraft.engines.cuda_runtime import Cuda
 from regraft.parity import LIMITS, Meter
 from regraft.verification import UnoptimisedGraph
-from regraft_export.exporting import ExportOptions
+from regraft_export.export_options import ExportOptions
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 

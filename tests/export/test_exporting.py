@@ -17,7 +17,7 @@ from regraft.files import check_output
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft.redirect import RedirectOptions
 from regraft_export import exporting
-from regraft_export.exporting import ExportOptions
+from regraft_export.export_options import ExportOptions
 from regraft_export.reference import PyTorchReference
 
 FILES = {

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from tests.support import handmade_vit, models, pictures, shared
 
 from regraft.neurons import Neurons, RegisterNeuron
-from regraft_export.exporting import ExportOptions, export_bundle
+from regraft_export.export_options import ExportOptions
+from regraft_export.exporting import export_bundle
 from regraft_export.outlier_level import OutlierLevel
 from regraft_export.sources import LoadedModel, load
 from regraft_export.vit.structure import VisionTransformer, from_module

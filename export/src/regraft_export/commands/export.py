@@ -214,7 +214,7 @@ def spread(paths: list[Path], most: int) -> list[Path]:
 
 
 def _options(args: argparse.Namespace) -> Any:
-    from regraft_export.exporting import ExportOptions
+    from regraft_export.export_options import ExportOptions
 
     return ExportOptions(
         redirect=redirect_options(args),
