@@ -14,8 +14,8 @@ from tests.support import bundles, pictures
 from regraft.bundle import Bundle
 from regraft.redirect import SCALES, RedirectOptions
 from regraft_export import exporting
+from regraft_export.commands._export_images import spread
 from regraft_export.commands._redirect_arguments import add_redirect_arguments, redirect_options
-from regraft_export.commands.export import spread
 
 Regraft = Callable[..., tuple[int, str, str]]
 
