@@ -23,7 +23,8 @@ from benchmarks.machine import RESULTS, circumstances, write_results
 from regraft.engines import Engine, EngineOptions, engine_class, open_engine
 from regraft.errors import EngineError
 from regraft.timing import Ratio, race
-from regraft_export.graph.cuda.fuse import Choices, fuse, prepare
+from regraft_export.graph.cuda.choices import Choices
+from regraft_export.graph.cuda.fuse import fuse, prepare
 from regraft_export.graph.patch import Patch, Wanted, build
 from regraft_export.trace import trace
 from regraft_export.weights_file import WeightsFile

@@ -34,7 +34,7 @@ from benchmarks.cuda_graphs import (
 )
 from benchmarks.machine import RESULTS, circumstances, write_results
 from regraft.timing import Ratio, compare
-from regraft_export.graph.cuda.fuse import Choices
+from regraft_export.graph.cuda.choices import Choices
 from regraft_export.trace import trace
 from regraft_export.vit.structure import VisionTransformer
 

@@ -18,7 +18,8 @@ from regraft.engines.ort_cuda.operators import SUFFIX, source_sha256
 from regraft.neurons import Neurons
 from regraft.parity import LIMITS
 from regraft.redirect import RedirectOptions
-from regraft_export.graph.cuda.fuse import Choices, fuse, fuse_built, prepare
+from regraft_export.graph.cuda.choices import Choices
+from regraft_export.graph.cuda.fuse import fuse, fuse_built, prepare
 from regraft_export.graph.patch import Patch, Traced, Wanted, build
 from regraft_export.register_constants import RegisterConstants
 from regraft_export.weights_file import WeightsFile

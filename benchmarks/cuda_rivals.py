@@ -28,7 +28,7 @@ from benchmarks.cuda_graphs import (
 )
 from benchmarks.cuda_rounds import Rival
 from regraft.neurons import Neurons
-from regraft_export.graph.cuda.fuse import Choices
+from regraft_export.graph.cuda.choices import Choices
 from regraft_export.register_constants import RegisterConstants
 from regraft_export.trace import DTYPES
 from regraft_export.vit.hooks import redirected, register_replaced

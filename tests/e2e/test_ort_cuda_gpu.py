@@ -29,7 +29,8 @@ from regraft.neurons import Neurons, RegisterNeuron
 from regraft.parity import LIMITS, Meter
 from regraft.redirect import RedirectOptions
 from regraft_export.export_options import ExportOptions
-from regraft_export.graph.cuda.fuse import Choices, fuse, prepare
+from regraft_export.graph.cuda.choices import Choices
+from regraft_export.graph.cuda.fuse import fuse, prepare
 from regraft_export.graph.patch import Patch, Wanted
 from regraft_export.reference import PyTorchReference
 from regraft_export.trace import trace

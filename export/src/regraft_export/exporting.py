@@ -21,7 +21,8 @@ from regraft.neurons import Neurons
 from regraft.verification import Verification, verify
 from regraft_export.calibration import Calibration, calibrate
 from regraft_export.export_options import ExportOptions
-from regraft_export.graph.cuda.fuse import Choices, Fused, fuse, prepare, why_not_fused
+from regraft_export.graph.cuda.choices import Choices
+from regraft_export.graph.cuda.fuse import Fused, fuse, prepare, why_not_fused
 from regraft_export.graph.cuda.own_functions import spell_out
 from regraft_export.graph.patch import Built, Patch, Wanted, build
 from regraft_export.outlier_level import OutlierLevel

@@ -18,7 +18,8 @@ from tests.support import graphs, models, pictures, traces
 from regraft.engines import parts
 from regraft.parity import cosine
 from regraft.redirect import RedirectOptions
-from regraft_export.graph.cuda.fuse import Choices, Fused, fuse, prepare, why_not_fused
+from regraft_export.graph.cuda.choices import Choices
+from regraft_export.graph.cuda.fuse import Fused, fuse, prepare, why_not_fused
 from regraft_export.graph.patch import Patch, Traced, Wanted, build
 
 Trace = Callable[..., Traced]

@@ -19,7 +19,8 @@ from tests.support import graphs, models, pictures, traces
 from regraft.engines.parts import METADATA
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft.redirect import RedirectOptions
-from regraft_export.graph.cuda.fuse import Choices, Fused, fuse, prepare
+from regraft_export.graph.cuda.choices import Choices
+from regraft_export.graph.cuda.fuse import Fused, fuse, prepare
 from regraft_export.graph.cuda.gate_operator import gate_by_operator
 from regraft_export.graph.cuda.own_functions import spell_out
 from regraft_export.graph.cuda.redirect_operator import DOMAIN, MOST_NEURONS, redirect_by_operator

@@ -12,14 +12,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import onnx
-import onnx_graphsurgeon as gs
 
 from regraft.engines.parts import METADATA
 from regraft.rewrite_counts import CudaFusions
-from regraft_export.graph.cuda.add_to_residual import add_to_residual
 from regraft_export.graph.cuda.bf16_kernels import float32_for_missing_kernels
+from regraft_export.graph.cuda.choices import Choices, enter, redirect
 from regraft_export.graph.cuda.drop_key_bias import drop_key_bias
-from regraft_export.graph.cuda.embed_tokens import embed_tokens
 from regraft_export.graph.cuda.fold_layer_scale import fold_layer_scale
 from regraft_export.graph.cuda.fuse_attention import DOMAIN, fuse_attention
 from regraft_export.graph.cuda.fuse_bias_gelu import fuse_bias_gelu
@@ -32,52 +30,14 @@ from regraft_export.graph.cuda.join_products import join_products
 from regraft_export.graph.cuda.join_writes import join_writes
 from regraft_export.graph.cuda.known_shapes import fix_shapes
 from regraft_export.graph.cuda.leave_whole import leave_whole
-from regraft_export.graph.cuda.maximum import maximum_by_topk
 from regraft_export.graph.cuda.move_value_bias import move_value_bias
-from regraft_export.graph.cuda.patch_matmul import patch_matmul
-from regraft_export.graph.cuda.place_register_row import place_register_row
 from regraft_export.graph.cuda.product_operator import gelus_by_operator, products_by_operator
 from regraft_export.graph.cuda.quick_gelu_operator import quick_gelus_by_operator
 from regraft_export.graph.cuda.redirect_operator import DOMAIN as OWN_DOMAIN
 from regraft_export.graph.cuda.redirect_operator import redirect_by_operator
-from regraft_export.graph.cuda.widen_hidden import widen_hidden
 from regraft_export.graph.document import read, write
 from regraft_export.graph.patch import Patch, Traced, Wanted, build
 from regraft_export.register_constants import RegisterConstants
-
-WRITES = ("residual", "row", "wide", "added")
-MAXIMA = ("topk", "reduce")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choices:
-    """Forms that only a card can decide between; the benchmark runs them all.
-
-    Attributes:
-        write: how a register's row gets what is redirected: ``residual`` (in place, no pass),
-            ``row`` (one pass, by Where), ``wide`` (hidden units of its own, no pass), ``added``
-            (the portable Mul and Add).
-        constants: with ``value = constant`` and ``write = residual``: ``residual`` or ``added``,
-            a bias of tokens in a pass of its own, which is faster for small batches.
-        maximum: ``topk`` or ``reduce``.
-        patches: patch embedding as one product.
-        tokens: token entry as one Pad and one constant.
-        biases: key and value biases out of the attention.
-        layer_scale: LayerScale folded into weights.
-        whole: registers cut off by the copy back, see :mod:`regraft.engines.parts`.
-        operators: regraft's own operators where they fit; the forms above where they do not. The
-            graph then needs their library.
-    """
-
-    write: str = "residual"
-    constants: str = "added"
-    maximum: str = "topk"
-    patches: bool = True
-    tokens: bool = True
-    biases: bool = True
-    layer_scale: bool = True
-    whole: bool = True
-    operators: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,7 +129,7 @@ def fuse_built(
     tokens = layout.count + registers
     shapes = inferred_shapes(proto)
     graph = read(proto)
-    patches, entered = _enter(graph, traced, choices)
+    patches, entered = enter(graph, traced, choices)
     attentions, left = fuse_attention(graph, layout.heads, tokens, shapes)
     fix_shapes(graph, partial(inferred_shapes, proto))
     seen = 0
@@ -182,7 +142,7 @@ def fuse_built(
         gate_by_operator(graph, tokens, shapes)
         placed = redirect_by_operator(graph, tokens, layout.width)
     graph.cleanup()
-    placed += _redirect(graph, choices, (tokens, layout.width), shapes)
+    placed += redirect(graph, choices, (tokens, layout.width), shapes)
     parts = leave_whole(graph, tokens) if choices.whole else {}
     gelus = fuse_bias_gelu(graph)
     graph.cleanup()  # what the rewrites above left unread must not count as a reader
@@ -230,39 +190,3 @@ def _shape_nodes(proto: onnx.ModelProto) -> int:
             readers.setdefault(name, set()).add(node.op_type)
     shapes = [node.output[0] for node in proto.graph.node if node.op_type == "Shape"]
     return sum(not readers.get(name, set()) <= {"Range", "Expand"} for name in shapes)
-
-
-def _enter(graph: gs.Graph, traced: Traced, choices: Choices) -> tuple[bool, bool]:
-    """The way from pixels to tokens; which of its two rewrites took place."""
-    size = graph.inputs[0].shape[2:]
-    patches = patch_matmul(graph, (int(size[0]), int(size[1]))) if choices.patches else None
-    if patches is None or not choices.tokens:
-        return patches is not None, False
-    pads = [n for n in graph.nodes if n.name == "regraft.append_register"]
-    found = pads[0].outputs[0] if pads else graph.tensors().get(traced.anchors.tokens)
-    if not isinstance(found, gs.Variable):
-        return True, False
-    layout = traced.layout
-    count = layout.grid[0] * layout.grid[1]
-    return True, embed_tokens(graph, patches, found, (count, layout.width))
-
-
-def _redirect(
-    graph: gs.Graph,
-    choices: Choices,
-    size: tuple[int, int],
-    shapes: dict[str, tuple[object, ...]],
-) -> int:
-    """Gives the registers' rows their form; returns how many touched layers have it."""
-    tokens = size[0]
-    if choices.maximum == "topk":
-        maximum_by_topk(graph, tokens)
-    done = 0
-    if choices.write == "wide":
-        done = widen_hidden(graph, tokens)
-    if choices.write == "residual":
-        constants = choices.constants == "residual"
-        done = add_to_residual(graph, *size, shapes, constants=constants)
-    graph.cleanup()  # sums that were replaced are no sums any more
-    # What does not fit, a gated MLP's hidden units for example, takes the form with one pass.
-    return done + (place_register_row(graph, tokens) if choices.write != "added" else 0)
