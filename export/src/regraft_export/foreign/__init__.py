@@ -11,6 +11,7 @@ No PyTorch is needed: the graph is all there is, so every place is found by stru
 - ``entry.py``: where the tokens enter, and which of them are patches.
 - ``survey.py``: all of that of one file; refuses what is none.
 - ``exits.py``: rewrite: the registers are cut off wherever tokens leave the stack.
+- ``registers.py``: the registers' rows, and which tensors grow with them.
 - ``belongs.py``: whether neurons belong to a file.
 - ``patching.py``: a patched file from all of them.
 - ``check/``: a patched file held to the method in numpy; shares no code with the rewrite.

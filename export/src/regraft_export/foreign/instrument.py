@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from regraft_export.foreign.exits import cut_exits
-from regraft_export.foreign.patching import Along, along, append, follow, grown
+from regraft_export.foreign.registers import Along, along, append, follow, grown
 from regraft_export.foreign.survey import Survey
 from regraft_export.graph.append_register import mend
 from regraft_export.graph.document import AXES_AS_INPUT
@@ -76,7 +76,7 @@ def instrument(found: Survey) -> dict[Kind, Instrumented]:
     """Makes all three; the survey is used up.
 
     Raises:
-        RewriteError: a register cannot be appended; see ``patching.py``.
+        RewriteError: a register cannot be appended; see ``registers.py``.
     """
     entry, mlps = found.entry, found.stack.mlps
     axis = follow(found, 1)
