@@ -45,6 +45,18 @@ class Place:
     along: Along
     kind: int
 
+    def by_image(self, values: NDArray[Any], count: int) -> NDArray[Any]:
+        """Its values (B, T, n), of how the graph lays them; ``count`` is T."""
+        if self.along.flat:
+            return values.reshape(-1, count, values.shape[-1])
+        return values if self.along.axis == 1 else values.swapaxes(0, 1)
+
+    def as_stored(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The reverse: (B, T, n) as the graph lays them."""
+        if self.along.flat:
+            return values.reshape(-1, values.shape[-1])
+        return values if self.along.axis == 1 else np.ascontiguousarray(values.swapaxes(0, 1))
+
 
 @dataclass(frozen=True)
 class Instrumented:

@@ -186,11 +186,11 @@ class OnnxSubject:
             fed = given | {self._image: _padded(pixels[first:last], self._batch)}
             if start is not None:
                 place = self._graphs[graph].blocks[start[0] - 1]
-                fed[place.name] = _as_stored(_padded(start[1][first:last], self._batch), place)
+                fed[place.name] = place.as_stored(_padded(start[1][first:last], self._batch))
             arrays = session.run(names, fed)
             rows.append(
                 [
-                    (_by_image(a, w, count) if isinstance(w, Place) else a)[: last - first]
+                    (w.by_image(a, count) if isinstance(w, Place) else a)[: last - first]
                     for a, w in zip(arrays, wanted, strict=True)
                 ]
             )
@@ -238,17 +238,3 @@ def _padded(rows: NDArray[Any], batch: int | None) -> NDArray[Any]:
     if batch is None or len(rows) == batch:
         return rows
     return np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows), axis=0)])
-
-
-def _by_image(values: NDArray[Any], place: Place, count: int) -> NDArray[Any]:
-    """(B, T, n) of how a graph lays it."""
-    if place.along.flat:
-        return values.reshape(-1, count, values.shape[-1])
-    return values if place.along.axis == 1 else values.swapaxes(0, 1)
-
-
-def _as_stored(values: NDArray[Any], place: Place) -> NDArray[Any]:
-    """The reverse."""
-    if place.along.flat:
-        return values.reshape(-1, values.shape[-1])
-    return values if place.along.axis == 1 else np.ascontiguousarray(values.swapaxes(0, 1))
