@@ -24,7 +24,8 @@ from typing import Any
 
 from benchmarks.machine import circumstances
 from benchmarks.served import Served, serving
-from benchmarks.soak_client import Client, Expected, Wrong
+from benchmarks.soak_client import Client, Wrong
+from benchmarks.soak_expected import Expected
 
 _GROWTH_MB = 24.0  # of the median memory, from the second quarter of the time to the last one
 _GROWTH_COUNT = 16  # of descriptors and threads, likewise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import io
 import json
 import random
 import socket
@@ -14,11 +13,9 @@ from typing import Any, Self
 
 import grpc
 import numpy as np
-from PIL import Image
 
 from benchmarks.oip import (
     Floats,
-    bytes_tensor,
     grpc_arrays,
     grpc_call,
     grpc_channel,
@@ -27,43 +24,14 @@ from benchmarks.oip import (
     http_request,
 )
 from benchmarks.served import PATIENCE, Array, Served
-from regraft import Extractor
+from benchmarks.soak_expected import Expected
 
-_POOL = 12  # different inputs of each kind
 _IDLE = 2.0  # seconds; the server may close what is idle for five, as HTTP allows
 MODEL, IMAGES = "vit", "vit_images"
 
 
 class Wrong(Exception):  # noqa: N818 - what the soak looks for
     """The server answered something else than it had to."""
-
-
-class Expected:
-    """Inputs, and the right answer to each."""
-
-    def __init__(self, bundle: str) -> None:
-        rng = np.random.default_rng(0)
-        with Extractor.open(bundle) as extractor:
-            size = extractor.bundle.manifest.image_size
-            self.pixels = rng.normal(size=(_POOL, 3, *size)).astype(np.float32)
-            self.files = [_picture(rng) for _ in range(_POOL)]
-            images = [Image.open(io.BytesIO(file)) for file in self.files]
-            self.of_pixels = _last(extractor, self.pixels)
-            self.of_files = _last(extractor, images)
-
-
-def _last(extractor: Extractor, images: Any) -> Array:
-    found = extractor.extract(images).pooled
-    assert found is not None
-    return found
-
-
-def _picture(rng: np.random.Generator) -> bytes:
-    height, width = rng.integers(40, 200, 2)
-    array = np.kron(rng.integers(0, 256, (5, 5, 3)), np.ones((height // 5, width // 5, 1)))
-    out = io.BytesIO()
-    Image.fromarray(array.astype(np.uint8)).save(out, "JPEG")
-    return out.getvalue()
 
 
 class Client:
@@ -117,21 +85,6 @@ class Client:
     def _connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self._server.port, timeout=PATIENCE)
 
-    def _draw(self) -> list[int]:
-        return [self._rng.randrange(_POOL) for _ in range(self._rng.choice((1, 1, 1, 2, 5)))]
-
-    def _pixels(self) -> tuple[tuple[str, str, tuple[int, ...], bytes], Array]:
-        chosen = self._draw()
-        array = self._expected.pixels[chosen]
-        right = self._expected.of_pixels[chosen]
-        return ("pixel_values", "FP32", array.shape, array.tobytes()), right
-
-    def _files(self) -> tuple[tuple[str, str, tuple[int, ...], bytes], Array]:
-        chosen = self._draw()
-        files = [self._expected.files[i] for i in chosen]
-        right = self._expected.of_files[chosen]
-        return ("images", "BYTES", (len(files), 1), bytes_tensor(*files)), right
-
     def _post(
         self, model: str, body: bytes, headers: dict[str, str]
     ) -> tuple[int, dict[str, str], bytes]:
@@ -157,33 +110,32 @@ class Client:
         return self._compare(http_arrays(headers, body), right)
 
     def _http_pixels(self) -> str:
-        return self._over_http(MODEL, *self._pixels())
+        return self._over_http(MODEL, *self._expected.pixels(self._rng))
 
     def _http_images(self) -> str:
-        return self._over_http(IMAGES, *self._files())
+        return self._over_http(IMAGES, *self._expected.files(self._rng))
 
     def _http_json(self) -> str:
-        i = self._rng.randrange(_POOL)
-        one = self._expected.pixels[i : i + 1]
+        one, right = self._expected.one(self._rng)
         tensor = {"name": "pixel_values", "shape": one.shape, "datatype": "FP32"}
         document = {"inputs": [{**tensor, "data": one.ravel().tolist()}]}
         status, headers, body = self._post(MODEL, json.dumps(document).encode(), {})
         if status != 200:
             raise Wrong(f"{self.doing}: {status} {body[:200]!r}")
-        return self._compare(http_arrays(headers, body), self._expected.of_pixels[i : i + 1])
+        return self._compare(http_arrays(headers, body), right)
 
     def _over_grpc(self, model: str, tensor: Any, right: Array) -> str:
         body = grpc_request(model, *tensor).SerializeToString()
         return self._compare(grpc_arrays(grpc_call(self._grpc)(body, timeout=PATIENCE)), right)
 
     def _grpc_pixels(self) -> str:
-        return self._over_grpc(MODEL, *self._pixels())
+        return self._over_grpc(MODEL, *self._expected.pixels(self._rng))
 
     def _grpc_images(self) -> str:
-        return self._over_grpc(IMAGES, *self._files())
+        return self._over_grpc(IMAGES, *self._expected.files(self._rng))
 
     def _http_wrong(self) -> str:
-        (name, datatype, shape, raw), _ = self._pixels()
+        (name, datatype, shape, raw), _ = self._expected.pixels(self._rng)
         body, headers = http_request(name, datatype, shape, raw)
         model, wrong, its, right = self._rng.choice(
             [
@@ -212,7 +164,7 @@ class Client:
         return ""
 
     def _grpc_wrong(self) -> str:
-        (name, datatype, shape, raw), _ = self._pixels()
+        (name, datatype, shape, raw), _ = self._expected.pixels(self._rng)
         wrong, right = self._rng.choice(
             [
                 (b"\xff\xff", "INVALID_ARGUMENT"),
@@ -233,7 +185,7 @@ class Client:
         raise Wrong(f"{self.doing}: answered, expected {right}")
 
     def _http_cut_in_request(self) -> str:
-        body, headers = http_request(*self._pixels()[0])
+        body, headers = http_request(*self._expected.pixels(self._rng)[0])
         lines = [f"POST /v2/models/{MODEL}/infer HTTP/1.1", "Host: x"]
         lines += [f"{k}: {v}" for k, v in {**headers, "Content-Length": str(len(body))}.items()]
         whole = "\r\n".join([*lines, "", ""]).encode() + body
@@ -244,7 +196,9 @@ class Client:
 
     def _http_gone_before_the_answer(self) -> str:
         connection = self._connect()
-        connection.request("POST", f"/v2/models/{MODEL}/infer", *http_request(*self._pixels()[0]))
+        connection.request(
+            "POST", f"/v2/models/{MODEL}/infer", *http_request(*self._expected.pixels(self._rng)[0])
+        )
         time.sleep(self._rng.random() * 0.02)
         self._leave(connection.sock)
         connection.close()
@@ -258,7 +212,7 @@ class Client:
     def _grpc_cancelled(self) -> str:
         own = self._rng.random() < 0.3
         channel = grpc_channel(self._server.grpc_port) if own else self._grpc
-        body = grpc_request(MODEL, *self._pixels()[0]).SerializeToString()
+        body = grpc_request(MODEL, *self._expected.pixels(self._rng)[0]).SerializeToString()
         call = grpc_call(channel).future(body, timeout=PATIENCE)
         time.sleep(self._rng.random() * 0.02)
         if own:
