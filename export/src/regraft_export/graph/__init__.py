@@ -2,8 +2,8 @@
 
 - ``document.py``: reading and writing a graph, names, spans of nodes.
 - ``anchors.py``: where in a graph the tokens enter, blocks end, down-projections sit.
-- ``token_axis.py``, ``shape_values.py``, ``shape_arithmetic.py``, ``dims.py``: follow the token axis
-  through every operator and find baked token counts.
+- ``token_axis.py``, ``shape_values.py``, ``shape_arithmetic.py``, ``dims.py``: follow the token
+  axis through every operator and find baked token counts.
 - ``token_rules.py``, ``token_sums.py``, ``token_moves.py``, ``token_reshapes.py``: what each
   operator does to it.
 - ``value_bounds.py``, ``interval.py``: between which numbers all elements of a tensor lie, whatever
