@@ -16,7 +16,7 @@ from regraft.errors import GateError, InputError, NeuronsError, OutputExistsErro
 from regraft.files import check_output
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft.redirect import RedirectOptions
-from regraft_export import exporting
+from regraft_export import bundle_graphs, exporting
 from regraft_export.export_options import ExportOptions
 from regraft_export.reference import PyTorchReference
 
@@ -303,7 +303,7 @@ def test_a_graph_that_is_not_equal_leaves_nothing_behind(
     if existing:
         bundles.export(out, ExportOptions(baseline=False))
     before = {file.name: file.read_bytes() for file in out.iterdir()} if existing else {}
-    real = exporting.build
+    real = bundle_graphs.build
 
     def corrupt(traced: object, patch: object, wanted: object) -> object:
         built = real(traced, patch, wanted)
@@ -316,7 +316,7 @@ def test_a_graph_that_is_not_equal_leaves_nothing_behind(
             weight.raw_data = values.tobytes()
         return built
 
-    monkeypatch.setattr(exporting, "build", corrupt)
+    monkeypatch.setattr(bundle_graphs, "build", corrupt)
     with pytest.raises(GateError) as caught:
         bundles.export(out, force=True)
     message = str(caught.value)

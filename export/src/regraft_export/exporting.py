@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -13,37 +12,23 @@ from numpy.typing import NDArray
 
 from regraft.bundle import NEURONS, VERIFY, Bundle, record
 from regraft.constants import FILE as CONSTANTS
-from regraft.engines.ort_cuda.operators import SUFFIX
-from regraft.errors import InputError
 from regraft.files import scratch_folder, whole_folder
-from regraft.manifest import CUDA_GRAPHS, NAME, FileRecord, Manifest
+from regraft.manifest import CUDA_GRAPHS, NAME, Manifest
 from regraft.neurons import Neurons
 from regraft.verification import Verification, verify
+from regraft_export.bundle_graphs import WEIGHTS, write_graphs
 from regraft_export.calibration import Calibration, calibrate
 from regraft_export.export_options import ExportOptions
-from regraft_export.graph.cuda.choices import Choices
-from regraft_export.graph.cuda.fuse import Fused, fuse, prepare, why_not_fused
-from regraft_export.graph.cuda.own_functions import spell_out
-from regraft_export.graph.patch import Built, Patch, Wanted, build
+from regraft_export.graph.patch import Patch
 from regraft_export.outlier_level import OutlierLevel
 from regraft_export.reference import PyTorchReference
 from regraft_export.sources import LoadedModel
 from regraft_export.trace import trace
 from regraft_export.versions import versions_of
 from regraft_export.vit.structure import VisionTransformer
-from regraft_export.weights_file import WeightsFile
 
-WEIGHTS = "weights.data"
 # The packages that shape a bundle.
 _SHAPING = ("torch", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "numpy")
-FILES = {
-    "model": "model.onnx",
-    "baseline": "baseline.onnx",
-    "probe": "probe.onnx",
-    "probe_baseline": "probe-baseline.onnx",
-    "model_cuda": "model.cuda.onnx",
-    "baseline_cuda": "baseline.cuda.onnx",
-}
 
 
 @dataclass(frozen=True)
@@ -147,47 +132,16 @@ def _write(
 
     ``spelled``: regraft's own operators come with what they stand for, for a CPU.
     """
-    size = loaded.preprocessing.image_size
-    traced = trace(vit, size, options.precision)
+    traced = trace(vit, loaded.preprocessing.image_size, options.precision)
     constants = None if calibration is None else calibration.constants
     patch = Patch(neurons, options.redirect, constants)
-    outputs = Wanted(layers=options.layers, attentions=options.attentions)
-    probe = Wanted(probe=True)
-    plan: dict[str, tuple[Patch | None, Wanted]] = {"model": (patch, outputs)}
-    if options.baseline:
-        plan |= {"baseline": (None, outputs), "probe": (patch, probe)}
-        plan |= {"probe_baseline": (None, probe)}
-    model: Built | None = None
-    fused: dict[str, Fused] = {}
-    with WeightsFile(folder, WEIGHTS) as weights:
-        for name, (what, wanted) in plan.items():
-            built = build(traced, what, wanted)
-            weights.save(built.proto, FILES[name])
-            model = model or built
-            gc.collect()  # graphs are cycles, and each holds all weights
-        prepared, choices = prepare(traced), Choices(operators=options.operators)
-        for name, cuda in CUDA_GRAPHS.items():
-            if name in plan:
-                fused[cuda] = fuse(prepared, *plan[name], choices)
-                gc.collect()
-        missing = why_not_fused(fused["model_cuda"], vit.layout.depth)
-        if missing:
-            fused.clear()  # no silent half-fusion
-        if options.operators:
-            _expect_operators(fused, missing)
-        for name, graph in fused.items():
-            if spelled:
-                spell_out(graph.proto)
-            weights.save(graph.proto, _file_of(name, fused))
-    assert model is not None  # it comes first
-    assert model.sites is not None  # and is patched
+    graphs = write_graphs(folder, traced, patch, vit.layout.depth, options, spelled=spelled)
+    assert graphs.model.sites is not None  # it is patched
     (folder / NEURONS).write_text(_json(neurons.to_json()), encoding="utf-8")
-    graphs = {name: _file_of(name, fused) for name in (*plan, *fused)}
-    names = [*graphs.values(), WEIGHTS, NEURONS]
+    names = [*graphs.files.values(), WEIGHTS, NEURONS]
     if constants is not None:
         constants.save(folder)
         names.append(CONSTANTS)
-    files: dict[str, FileRecord] = {name: record(folder / name) for name in names}
     manifest = Manifest(
         model={
             "source": loaded.source,
@@ -202,35 +156,18 @@ def _write(
         layers=neurons.layers,
         detection_layer=level.layer,
         threshold=level.threshold,
-        outputs=model.outputs,
+        outputs=graphs.model.outputs,
         precision=options.precision,
         opset=traced.opset,
-        sites=model.sites,
-        graphs=graphs,
-        files=files,
+        sites=graphs.model.sites,
+        graphs=graphs.files,
+        files={name: record(folder / name) for name in names},
         versions=versions_of(_SHAPING),
-        cuda=fused["model_cuda"].fusions if fused else None,
-        cuda_missing=missing,
+        cuda=graphs.fused["model_cuda"].fusions if graphs.fused else None,
+        cuda_missing=graphs.missing,
         constants=None if calibration is None else calibration.about,
     )
-    return manifest, model.nodes_added
-
-
-def _expect_operators(fused: Mapping[str, Fused], missing: str) -> None:
-    """Refuses a graph that was to have regraft's own operators and has none."""
-    if missing:
-        raise InputError(f"--cuda-operators: there is no graph for ort-cuda: {missing}")
-    if not fused["model_cuda"].fusions.operators:
-        raise InputError(
-            "--cuda-operators: none of them fits: they want widths that are multiples of 8, and "
-            "for the redirect one register; export without"
-        )
-
-
-def _file_of(name: str, fused: Mapping[str, Fused]) -> str:
-    """A graph's file; of one that needs the library of operators, the name says so."""
-    own = name in fused and fused[name].fusions.operators > 0
-    return FILES[name].replace(".cuda.onnx", SUFFIX) if own else FILES[name]
+    return manifest, graphs.model.nodes_added
 
 
 def _json(data: object) -> str:
