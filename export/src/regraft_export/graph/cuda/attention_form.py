@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from regraft_export.graph.cuda.inferred_shapes import Shapes
 from regraft_export.graph.cuda.layout import (
     BATCH,
     Chain,
@@ -18,8 +18,6 @@ from regraft_export.graph.cuda.layout import (
     scalar_factor,
 )
 from regraft_export.graph.document import consumers, maker
-
-Shapes = Mapping[str, tuple[object, ...]]
 
 
 @dataclass(frozen=True)

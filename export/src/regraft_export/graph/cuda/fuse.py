@@ -8,12 +8,14 @@ the same rewrites.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import onnx
+import onnx_graphsurgeon as gs
 
-from regraft.engines.parts import METADATA
+from regraft.engines.parts import METADATA, Part
 from regraft.rewrite_counts import CudaFusions
 from regraft_export.graph.cuda.bf16_kernels import float32_for_missing_kernels
 from regraft_export.graph.cuda.choices import Choices, enter, redirect
@@ -24,7 +26,7 @@ from regraft_export.graph.cuda.fuse_bias_gelu import fuse_bias_gelu
 from regraft_export.graph.cuda.fuse_skip_norm import fuse_skip_norm
 from regraft_export.graph.cuda.gate_operator import gate_by_operator
 from regraft_export.graph.cuda.images_first import images_first
-from regraft_export.graph.cuda.inferred_shapes import inferred_shapes
+from regraft_export.graph.cuda.inferred_shapes import Shapes, inferred_shapes
 from regraft_export.graph.cuda.join_constants import join_constants
 from regraft_export.graph.cuda.join_products import join_products
 from regraft_export.graph.cuda.join_writes import join_writes
@@ -148,23 +150,10 @@ def fuse_built(
     graph.cleanup()  # what the rewrites above left unread must not count as a reader
     norms = fuse_skip_norm(graph, shapes)
     if choices.operators:
-        gelus += quick_gelus_by_operator(graph, shapes)
-        graph.cleanup()  # a bias that went along is not the product's any more
-        products_by_operator(graph, shapes)
-        gelus_by_operator(graph, shapes)
-        join_writes(graph)
-        join_products(graph)
+        gelus += _take_operators(graph, shapes)
     float32_for_missing_kernels(graph)
     own = sum(node.domain == OWN_DOMAIN for node in graph.nodes)
-    domains = [DOMAIN, OWN_DOMAIN] if own else [DOMAIN]
-    imports = [onnx.helper.make_opsetid(domain, 1) for domain in domains]
-    graph.import_domains = [*(graph.import_domains or []), *imports]
-    # Shapes that are known are kept: without them ONNX Runtime does not reuse a buffer in place.
-    proto = write(graph, shapes_changed=False)
-    if parts:
-        entry = proto.metadata_props.add()
-        entry.key = METADATA
-        entry.value = json.dumps({n: [p.whole, p.start, p.stop] for n, p in parts.items()})
+    proto = _written(graph, [DOMAIN, OWN_DOMAIN] if own else [DOMAIN], parts)
     fusions = CudaFusions(
         attentions=attentions,
         norms=norms,
@@ -180,6 +169,30 @@ def fuse_built(
         operators=own,
     )
     return Fused(proto, fusions, left)
+
+
+def _take_operators(graph: gs.Graph, shapes: Shapes) -> int:
+    """Products and activations become regraft's own; returns the GELUs that were none before."""
+    gelus = quick_gelus_by_operator(graph, shapes)
+    graph.cleanup()  # a bias that went along is not the product's any more
+    products_by_operator(graph, shapes)
+    gelus_by_operator(graph, shapes)
+    join_writes(graph)
+    join_products(graph)
+    return gelus
+
+
+def _written(graph: gs.Graph, domains: list[str], parts: Mapping[str, Part]) -> onnx.ModelProto:
+    """The graph as a file's content, with the domains it uses and the outputs it leaves whole."""
+    imports = [onnx.helper.make_opsetid(domain, 1) for domain in domains]
+    graph.import_domains = [*(graph.import_domains or []), *imports]
+    # Shapes that are known are kept: without them ONNX Runtime does not reuse a buffer in place.
+    proto = write(graph, shapes_changed=False)
+    if parts:
+        entry = proto.metadata_props.add()
+        entry.key = METADATA
+        entry.value = json.dumps({n: [p.whole, p.start, p.stop] for n, p in parts.items()})
+    return proto
 
 
 def _shape_nodes(proto: onnx.ModelProto) -> int:

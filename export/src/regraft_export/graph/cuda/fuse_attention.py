@@ -23,7 +23,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from regraft_export.graph.cuda.attention_form import Attention, Projection, Shapes, attention_at
+from regraft_export.graph.cuda.attention_form import Attention, Projection, attention_at
+from regraft_export.graph.cuda.inferred_shapes import Shapes
 from regraft_export.graph.document import Editor, consumers, dtype_of, replace_uses
 
 DOMAIN = "com.microsoft"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx
 
 _LARGE = 1024  # bytes of a weight from which on its values cannot be a shape
 Dims = tuple[object, ...]
+Shapes = Mapping[str, Dims]
 
 
 def inferred_shapes(model: onnx.ModelProto, images: int | None = None) -> dict[str, Dims]:

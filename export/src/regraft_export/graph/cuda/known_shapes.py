@@ -11,17 +11,17 @@ with images (B, 1, 1), cut from the pixels; a Shape that only Expand reads stays
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from regraft_export.graph.cuda.inferred_shapes import Shapes
 from regraft_export.graph.cuda.layout import compute, is_neutral
 from regraft_export.graph.document import Editor
 
-Shapes = Mapping[str, tuple[object, ...]]
 BATCHES = (2, 3, 67)  # numbers of images; far apart, for what rounds
 _ARITHMETIC = (
     *("Shape", "Slice", "Concat", "Gather", "Cast", "Squeeze", "Unsqueeze", "Reshape"),

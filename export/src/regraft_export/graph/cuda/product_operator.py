@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from regraft_export.graph.cuda.attention_form import Shapes
 from regraft_export.graph.cuda.fuse_attention import DOMAIN as CONTRIB
 from regraft_export.graph.cuda.fuse_bias_gelu import OP as BIAS_GELU
+from regraft_export.graph.cuda.inferred_shapes import Shapes
 from regraft_export.graph.cuda.redirect_operator import DOMAIN, MULTIPLE, SUFFIXES, operator
 from regraft_export.graph.document import consumers
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from regraft_export.graph.cuda.attention_form import Shapes
 from regraft_export.graph.cuda.drop_key_bias import biased_product
+from regraft_export.graph.cuda.inferred_shapes import Shapes
 from regraft_export.graph.cuda.product_operator import fits, put, tokens_of
 from regraft_export.graph.document import consumers, maker
 
