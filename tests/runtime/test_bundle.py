@@ -122,13 +122,16 @@ def test_an_edited_manifest_is_named(bundle_folder: Path, edit: Callable[[dict],
         with pytest.raises(BundleError) as caught:
             Bundle.open(bundle_folder, verify_hashes)
         assert str(caught.value) == (
-            f"{bundle_folder / 'manifest.json'}: was changed after export; export again"
+            f"{bundle_folder / 'manifest.json'}: was changed after export; copy the bundle again "
+            "or export again"
         )
 
 
 def test_a_manifest_without_its_sha256_is_refused(bundle_folder: Path) -> None:
     edit_manifest(bundle_folder, lambda data: data.pop("sha256"), sealed=False)
-    with pytest.raises(BundleError, match=r"manifest\.json: the field 'sha256' is missing; export"):
+    with pytest.raises(
+        BundleError, match=r"manifest\.json: the field 'sha256' is missing; copy the"
+    ):
         Bundle.open(bundle_folder)
 
 

@@ -229,6 +229,12 @@ def test_devices_and_missing_folders_are_refused(tmp_path: Path) -> None:
     assert str(caught.value) == f"{missing}: the folder {missing.parent} does not exist; " + (
         "create it first"
     )
+    file = tmp_path / "file"
+    file.touch()
+    for below in (file / "out.npz", file / "deeper" / "out.npz"):
+        with pytest.raises(InputError) as caught:
+            check_output(below)
+        assert str(caught.value) == f"{below}: {file} is a file, not a folder; choose another place"
 
 
 def test_a_link_keeps_its_place(tmp_path: Path) -> None:

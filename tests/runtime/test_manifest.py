@@ -321,7 +321,9 @@ def test_a_file_is_read_only_as_it_was_written(pristine_bundle: Path, tmp_path: 
     path.write_text(manifest.text().replace("12.5", "12.25"))
     with pytest.raises(BundleError) as caught:
         Manifest.load(path)
-    assert str(caught.value) == f"{path}: was changed after export; export again"
+    assert str(caught.value) == (
+        f"{path}: was changed after export; copy the bundle again or export again"
+    )
 
 
 @pytest.mark.parametrize(

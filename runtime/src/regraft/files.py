@@ -57,7 +57,10 @@ def check_output(path: str | Path, force: bool = False, *, marker: str | None = 
             _expect_kind(path, target, marker)
             if not force:
                 raise OutputExistsError(f"{path}: exists already; give --force to replace it")
-        if not target.parent.is_dir():
+        around = next(folder for folder in target.parents if folder.exists())
+        if not around.is_dir():
+            raise InputError(f"{path}: {around} is a file, not a folder; choose another place")
+        if around != target.parent:
             raise InputError(
                 f"{path}: the folder {Path(path).parent} does not exist; create it first"
             )

@@ -15,6 +15,7 @@ from typing import Any
 from regraft.errors import BundleError
 
 SCHEMA = 2  # 1 has no variants: all bundles are `token`
+_MEND = "copy the bundle again or export again"
 
 
 def digest(content: Mapping[str, Any]) -> str:
@@ -43,12 +44,12 @@ def read_content(path: Path) -> dict[str, Any]:
             "`regraft export` wrote"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: is not JSON ({error}); export again") from None
+        raise BundleError(f"{path}: is not JSON ({error}); {_MEND}") from None
     content = expect_schema(data, str(path))  # first: a newer one may seal its content otherwise
     if "sha256" not in content:
-        raise BundleError(f"{path}: the field 'sha256' is missing; export again")
+        raise BundleError(f"{path}: the field 'sha256' is missing; {_MEND}")
     if content["sha256"] != digest(content):
-        raise BundleError(f"{path}: was changed after export; export again")
+        raise BundleError(f"{path}: was changed after export; {_MEND}")
     return content
 
 

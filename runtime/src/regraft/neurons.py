@@ -151,7 +151,9 @@ class Neurons:
                 "wrote"
             ) from None
         except (ValueError, RecursionError) as error:
-            raise NeuronsError(f"{path}: is not JSON ({error})") from None
+            raise NeuronsError(
+                f"{path}: is not JSON ({error}); expected the file that `regraft find` wrote"
+            ) from None
         return cls.from_json(data, str(path))
 
 

@@ -212,7 +212,11 @@ def test_neurons_outside_the_model_are_refused_even_by_force(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is not JSON (Expecting value: line 1 column 1 (char 0))"),
+        (
+            "",
+            "is not JSON (Expecting value: line 1 column 1 (char 0)); expected the file that "
+            "`regraft find` wrote",
+        ),
         ("[]", 'expected a JSON object with "schema": 1 and a list "neurons"'),
         ('{"schema": 9, "neurons": []}', "schema 9 is newer than 1, the newest this version reads"),
         (
