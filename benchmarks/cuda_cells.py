@@ -14,6 +14,9 @@ def keep(path: Path, cell: dict[str, Any]) -> None:
     """Puts a cell into the result file, in place of one of the same name."""
     known = json.loads(path.read_text())["cells"] if path.exists() else []
     same = [c for c in known if key_of(c) == key_of(cell)]
+    if not cell["rivals"] and any(c["rivals"] for c in same):
+        print("failed; what was measured before is kept", file=sys.stderr)
+        return
     lost = {name for c in same for name in c["rivals"]} - {*cell["rivals"], *cell["failures"]}
     if lost:
         print(
@@ -21,9 +24,6 @@ def keep(path: Path, cell: dict[str, Any]) -> None:
             "another --out",
             file=sys.stderr,
         )
-        return
-    if not cell["rivals"] and any(c["rivals"] for c in same):
-        print("failed; what was measured before is kept", file=sys.stderr)
         return
     cells = [c for c in known if c not in same] + [cell]
     table = [line for c in cells for line in ["", *rows_of(c)]]
