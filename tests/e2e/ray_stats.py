@@ -41,7 +41,7 @@ def main() -> None:
         with ShardFolder.open(out, job, names) as folder:
             tasks = [Task.of(job, Path(folder.place), i, names) for i in range(job.shards)]
             done = crew._dataset(tasks).materialize()
-            print("actors", crew.actors)
+            print("actors", crew.plan.actors)
             print(done.stats())
 
 

@@ -17,7 +17,6 @@ from regraft_export.graph.cuda.own_functions import spell_out
 from regraft_export.graph.patch import Built, Patch, Traced, Wanted, build
 from regraft_export.weights_file import WeightsFile
 
-WEIGHTS = "weights.data"
 FILES = {
     "model": "model.onnx",
     "baseline": "baseline.onnx",
@@ -76,7 +75,7 @@ def write_graphs(
         plan |= {"probe_baseline": (None, probe)}
     model: Built | None = None
     fused: dict[str, Fused] = {}
-    with WeightsFile(folder, WEIGHTS) as weights:
+    with WeightsFile(folder) as weights:
         for name, (what, wanted) in plan.items():
             built = build(traced, what, wanted)
             weights.save(built.proto, FILES[name])

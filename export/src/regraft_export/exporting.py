@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from regraft.bundle import NEURONS, VERIFY, Bundle, record
+from regraft.bundle import NEURONS, VERIFY, WEIGHTS, Bundle, record
 from regraft.constants import FILE as CONSTANTS
 from regraft.files import scratch_folder, whole_folder
 from regraft.manifest import CUDA_GRAPHS, NAME, Manifest
 from regraft.neurons import Neurons
 from regraft.verification import Verification, verify
-from regraft_export.bundle_graphs import WEIGHTS, write_graphs
+from regraft_export.bundle_graphs import write_graphs
 from regraft_export.calibration import Calibration, calibrate
 from regraft_export.export_options import ExportOptions
 from regraft_export.graph.patch import Patch

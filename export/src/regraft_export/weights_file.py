@@ -13,6 +13,8 @@ from typing import BinaryIO
 import onnx
 from onnx import TensorProto
 
+from regraft.bundle import WEIGHTS
+
 INLINE_BYTES = 1024
 ALIGNMENT = 4096  # a page, so that engines can map weights instead of copying them
 
@@ -25,7 +27,7 @@ class WeightsFile:
         name: of the shared file.
     """
 
-    def __init__(self, folder: Path, name: str = "weights.data") -> None:
+    def __init__(self, folder: Path, name: str = WEIGHTS) -> None:
         self.folder, self.name = folder, name
         self._offsets: dict[str, tuple[int, int]] = {}
         self._stream: BinaryIO = (folder / name).open("wb")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import Any
 
 from regraft import manifest as manifest_module
 from regraft.errors import BundleError
+from regraft.json_values import read_json
 from regraft.manifest import FileRecord, Manifest
 from regraft.neurons import Neurons
 
 NEURONS = "neurons.json"
 VERIFY = "verify.json"
-WEIGHTS = "weights.data"
+WEIGHTS = "weights.data"  # the one external-data file of every graph
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,7 @@ class Bundle:
             BundleError: the bundle has none, or it is not JSON.
         """
         path = self.path / VERIFY
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise BundleError(f"{path}: cannot be read ({error.strerror}); export again") from None
-        except ValueError as error:
-            raise BundleError(f"{path}: is not JSON ({error}); export again") from None
+        data = read_json(path, BundleError, missing="export again", broken="export again")
         if not isinstance(data, dict):
             raise BundleError(f"{path}: is not a JSON object; export again")
         return data

@@ -32,8 +32,9 @@ from pathlib import Path
 from typing import Any
 
 from regraft.cache_trust import cache_root, make_private, refuse_bundle, refuse_foreign, refused
-from regraft.engine_key import SCHEMA, CacheKey, digest, file_sha256
+from regraft.engine_key import SCHEMA, CacheKey, file_sha256
 from regraft.files import whole_folder
+from regraft.json_values import digest
 
 try:
     import fcntl

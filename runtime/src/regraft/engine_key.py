@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from regraft.bundle import WEIGHTS
 from regraft.cache_trust import cache_root
 from regraft.errors import EngineError
+from regraft.json_values import digest
 
 SCHEMA = 1
-WEIGHTS = "weights.data"  # the one external-data file of every graph of a bundle
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,6 @@ def graph_hashes(graph: Path) -> tuple[str, str | None]:
     """
     weights = graph.parent / WEIGHTS
     return file_sha256(graph), file_sha256(weights) if weights.exists() else None
-
-
-def digest(content: Mapping[str, Any]) -> str:
-    """The sha256 (hex) of JSON values, whatever the order of names."""
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from regraft.errors import InputError
@@ -47,6 +47,13 @@ def list_images(
     if not found:
         raise InputError("no images named; expected files or folders of images")
     return found
+
+
+def evenly(paths: Sequence[Path], most: int) -> list[Path]:
+    """At most ``most`` paths, evenly spaced: a folder is often sorted by class."""
+    if len(paths) <= most:
+        return list(paths)
+    return [paths[i * len(paths) // most] for i in range(most)]
 
 
 def _search(folder: Path, suffixes: frozenset[str]) -> list[Path]:

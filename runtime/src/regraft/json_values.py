@@ -1,8 +1,40 @@
-"""Single values of JSON as read: of the kind expected, or an error that names the field."""
+"""JSON as it is read: files, single values, each of the kind expected or an error that says so."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
+from pathlib import Path
+from typing import Any
+
+from regraft.errors import RegraftError
+
+
+def read_json(path: Path, error: type[RegraftError], *, missing: str, broken: str) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: the file.
+        error: what is raised.
+        missing: what to do, or was expected, where it cannot be read.
+        broken: the same where it is not JSON.
+
+    Raises:
+        RegraftError: of the kind ``error``: it cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as reason:
+        raise error(f"{path}: cannot be read ({reason.strerror}); {missing}") from None
+    except (ValueError, RecursionError) as reason:
+        raise error(f"{path}: is not JSON ({reason}); {broken}") from None
+
+
+def digest(content: Any) -> str:
+    """The sha256 (hex) of JSON values, whatever the order of names."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def integer(name: str, value: object, least: int = 0) -> int:

@@ -6,12 +6,11 @@ its own content, so that a changed one is noticed like any other file of the bun
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from regraft import json_values
 from regraft.errors import BundleError
 
 SCHEMA = 2  # 1 has no variants: all bundles are `token`
@@ -25,9 +24,7 @@ def digest(content: Mapping[str, Any]) -> str:
         content: as :meth:`regraft.manifest.Manifest.to_json` gives it; its field ``sha256`` does
             not count.
     """
-    bare = {name: value for name, value in content.items() if name != "sha256"}
-    canonical = json.dumps(bare, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return json_values.digest({name: value for name, value in content.items() if name != "sha256"})
 
 
 def read_content(path: Path) -> dict[str, Any]:
@@ -36,15 +33,8 @@ def read_content(path: Path) -> dict[str, Any]:
     Raises:
         BundleError: it is missing, not JSON, of no schema this version reads, or changed.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BundleError(
-            f"{path}: cannot be read ({error.strerror}); expected the folder that "
-            "`regraft export` wrote"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: is not JSON ({error}); {_MEND}") from None
+    missing = "expected the folder that `regraft export` wrote"
+    data = json_values.read_json(path, BundleError, missing=missing, broken=_MEND)
     content = expect_schema(data, str(path))  # first: a newer one may seal its content otherwise
     if "sha256" not in content:
         raise BundleError(f"{path}: the field 'sha256' is missing; {_MEND}")

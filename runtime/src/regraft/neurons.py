@@ -6,7 +6,6 @@ list); then ``about`` is empty and the neurons' identity cannot be checked.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.errors import NeuronsError
+from regraft.json_values import read_json
 from regraft.neurons_about import check_about
 
 SCHEMA = 1
@@ -143,17 +143,8 @@ class Neurons:
             NeuronsError: it is missing, not JSON, or not a legal neurons file.
         """
         path = Path(path)
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise NeuronsError(
-                f"{path}: cannot be read ({error.strerror}); expected the file that `regraft find` "
-                "wrote"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise NeuronsError(
-                f"{path}: is not JSON ({error}); expected the file that `regraft find` wrote"
-            ) from None
+        expected = "expected the file that `regraft find` wrote"
+        data = read_json(path, NeuronsError, missing=expected, broken=expected)
         return cls.from_json(data, str(path))
 
 

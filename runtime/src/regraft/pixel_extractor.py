@@ -12,7 +12,6 @@ from collections.abc import (
     MutableMapping,
     Sequence,
 )
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -137,12 +136,7 @@ class PixelExtractor:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _stream_pixels(self, pixels: NDArray[np.float32]) -> Iterator[Features]:

@@ -12,9 +12,9 @@ import pytest
 from tests.support import bundles, pictures
 
 from regraft.bundle import Bundle
+from regraft.image_files import evenly
 from regraft.redirect import SCALES, RedirectOptions
 from regraft_export import exporting
-from regraft_export.commands._export_images import spread
 from regraft_export.commands._redirect_arguments import add_redirect_arguments, redirect_options
 
 Regraft = Callable[..., tuple[int, str, str]]
@@ -472,7 +472,7 @@ def test_a_model_without_preprocessing_takes_it_from_the_command_line(
 @pytest.mark.parametrize(("count", "most"), [(3, 5), (5, 5), (11, 5), (100, 7)])
 def test_the_pictures_to_verify_on_are_spread_evenly(count: int, most: int) -> None:
     paths = [Path(str(i)) for i in range(count)]
-    taken = [int(path.name) for path in spread(paths, most)]
+    taken = [int(path.name) for path in evenly(paths, most)]
     assert len(taken) == min(count, most)
     steps = {b - a for a, b in pairwise(taken)}
     assert max(steps) - min(steps) <= 1

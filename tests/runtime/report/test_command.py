@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from regraft.commands.report import evenly, named
+from regraft.commands.report import named
+from regraft.image_files import evenly
 
 Regraft = Callable[..., tuple[int, str, str]]
 Parse = Callable[[str], Any]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import InputError
+from regraft.image_files import evenly
 from regraft.wording import none_read, some_unread
 
 if TYPE_CHECKING:
@@ -67,20 +68,13 @@ def shared_out(paths: list[Path], args: argparse.Namespace) -> tuple[list[Path],
         InputError: a single image for the variant kv.
     """
     if args.variant == "token":
-        return spread(paths, args.max_images), []
+        return evenly(paths, args.max_images), []
     if len(paths) < 2:
         raise InputError(
             f"--variant kv: {len(paths)} image came; expected at least 2, some to average the "
             "register over and others to verify on, and better 100 or more"
         )
-    verified = spread(paths, min(args.max_images, len(paths) // 2))
+    verified = evenly(paths, min(args.max_images, len(paths) // 2))
     taken = set(verified)
     others = [path for path in paths if path not in taken]
-    return verified, spread(others, args.calibration_images or CALIBRATION)
-
-
-def spread(paths: list[Path], most: int) -> list[Path]:
-    """At most so many, evenly spread over the list."""
-    if len(paths) <= most:
-        return paths
-    return [paths[i * len(paths) // most] for i in range(most)]
+    return verified, evenly(others, args.calibration_images or CALIBRATION)

@@ -53,7 +53,7 @@ def gathered(
     """
     if ray:
         with RayCrew.connect(opening, processes) as cluster:
-            yield cluster.opening, cluster.slots, cluster
+            yield cluster.opening, cluster.plan.slots, cluster
         return
     with opening.open() as extractor:
         opening = replace(opening, engine=extractor.engine)

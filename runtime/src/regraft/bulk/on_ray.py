@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from regraft.bulk.ray_plan import DECODING_CPUS, planned
+from regraft.bulk.ray_plan import DECODING_CPUS, Plan, planned
 from regraft.bulk.work import Opening, Task, Watcher, write
 from regraft.bundle import Bundle, record
 from regraft.errors import (
@@ -44,15 +44,11 @@ class RayCrew:
 
     Attributes:
         opening: how actors open their extractor, by an engine's name.
-        actors: how many there are.
-        slots: how many shards can be in work at once.
-        booked: CPUs and GPUs of one actor.
+        plan: how many there are, and what they book.
     """
 
     opening: Opening
-    actors: int
-    slots: int
-    booked: tuple[float, float]
+    plan: Plan
 
     @classmethod
     @contextmanager
@@ -73,8 +69,7 @@ class RayCrew:
             if own:
                 ray.init(log_to_driver=False, logging_level="error")
             plan = planned(ray.nodes(), opening.engine, actors)
-            opening = replace(opening, engine=plan.engine)
-            yield cls(opening, plan.actors, plan.slots, plan.booked)
+            yield cls(replace(opening, engine=plan.engine), plan)
         finally:
             if own:
                 ray.shutdown()
@@ -100,7 +95,7 @@ class RayCrew:
         context = DataContext.get_current()
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        cpus, gpus = self.booked
+        cpus, gpus = self.plan.booked
         manifest = record(Path(self.opening.bundle) / NAME).sha256
         source = from_arrow([pa.table({"task": [pickle.dumps(task)]}) for task in tasks])
         decoded = source.map_batches(
@@ -115,7 +110,7 @@ class RayCrew:
             fn_constructor_args=(self.opening, manifest),
             batch_size=None,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=self.actors),
+            compute=ActorPoolStrategy(size=self.plan.actors),
             num_cpus=cpus,
             num_gpus=gpus,
         )

@@ -18,7 +18,7 @@ from regraft.bundle import Bundle
 from regraft.cli.options import add_force, at_least, file_name, thread_count
 from regraft.errors import ImageError, InputError
 from regraft.files import check_output, whole_file
-from regraft.image_files import list_images
+from regraft.image_files import evenly, list_images
 from regraft.progress import Progress
 from regraft.wording import some_unread
 
@@ -108,13 +108,6 @@ def run(args: argparse.Namespace) -> int:
             "shows the others; without --strict this is no error"
         )
     return 0
-
-
-def evenly(paths: Sequence[Path], most: int) -> list[Path]:
-    """At most ``most`` paths, evenly spaced: a folder is often sorted by class."""
-    if len(paths) <= most:
-        return list(paths)
-    return [paths[i * len(paths) // most] for i in range(most)]
 
 
 def named(paths: Sequence[Path], given: Sequence[str]) -> list[Source]:

@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 
 from regraft_export.graph.cuda.add_to_residual import add_to_residual
 from regraft_export.graph.cuda.embed_tokens import embed_tokens
+from regraft_export.graph.cuda.inferred_shapes import Shapes
 from regraft_export.graph.cuda.maximum import maximum_by_topk
 from regraft_export.graph.cuda.patch_matmul import patch_matmul
 from regraft_export.graph.cuda.place_register_row import place_register_row
@@ -68,7 +69,7 @@ def redirect(
     graph: gs.Graph,
     choices: Choices,
     size: tuple[int, int],
-    shapes: dict[str, tuple[object, ...]],
+    shapes: Shapes,
 ) -> int:
     """Gives the registers' rows their form; returns how many touched layers have it.
 
