@@ -47,7 +47,7 @@ def assert_near(got: NDArray[np.float32], right: NDArray[np.float32], limit: flo
     ("batch", "tokens", "hidden", "neurons", "width"),
     [
         *((1, 197, 3072, 4, 768), (3, 1371, 4096, 1, 1536), (65, 5, 64, 33, 40)),
-        *((2, 50, 384, 17, 1104), (8, 577, 256, 17, 72)),  # the last: 16 blocks an image
+        *((2, 50, 384, 17, 1104), (8, 577, 256, 17, 72)),  # the last: 9 blocks an image
     ],
 )
 def test_operators_of_any_size(
@@ -167,6 +167,40 @@ def test_products_and_gelus_of_any_size(
         run(fourth)
 
 
+def test_a_token_more_is_computed_with_the_same_algorithm(tmp_path: Path) -> None:
+    proto = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 20, "regraft" : 1]>
+        g (float[b, t, 256] h) => (float[b, t, 512] y) {
+          x = Cast<to = 10>(h) w = Cast<to = 10>(weight)
+          one = regraft.Product_fp16(x, w) y = Cast<to = 1>(one) }"""
+    )
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(256, 512)).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "weight"))
+    pixels = {tokens: rng.normal(size=(8, tokens, 256)).astype(np.float32) for tokens in (257, 258)}
+    folders = [tmp_path / name for name in ("both", "read", "one")]
+    for folder in folders:
+        folder.mkdir()
+        compile_library(folder)
+    both, read, one = folders
+    with timed_products(both):
+        session = session_of(proto, both)
+        timed = {tokens: session.run(["y"], {"h": h})[0] for tokens, h in pixels.items()}
+    for tokens, h in pixels.items():
+        assert_near(timed[tokens], h @ weight, 2e-3)
+    head, count, *sizes = (both / PRODUCTS).read_text().splitlines()
+    assert count == "2 sizes"
+    rows, algorithms = zip(*((s.split()[3], s.split()[8:]) for s in sizes), strict=True)
+    assert rows == ("2056", "2064")
+    assert algorithms[0] == algorithms[1]
+    shutil.copy(both / PRODUCTS, read)
+    (one / PRODUCTS).write_text("\n".join([head, "1 sizes", sizes[0], ""]))
+    for folder in (read, one):
+        session = session_of(proto, folder)
+        for tokens, h in pixels.items():
+            np.testing.assert_array_equal(session.run(["y"], {"h": h})[0], timed[tokens])
+
+
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(
     ("batch", "tokens", "hidden", "neurons", "width"),
@@ -174,7 +208,7 @@ def test_products_and_gelus_of_any_size(
         *((1, 197, 3072, 4, 768), (24, 258, 4096, 1, 1536), (65, 5, 64, 33, 40)),
         *((2, 1371, 384, 17, 1104), (33, 130, 256, 40, 3200), (3, 1, 1032, 2, 384)),
         (3, 1371, 384, 128, 384),  # an odd number of rows, and the most neurons
-        *((1, 578, 512, 5, 1024), (32, 513, 256, 9, 768)),  # 5 and 4 blocks an image
+        *((1, 578, 512, 5, 1024), (32, 513, 256, 9, 768)),  # 5 and 3 blocks an image
         (1, 64, 256, 128, 64),  # 128 blocks
     ],
 )

@@ -83,9 +83,7 @@ struct Size {
   std::size_t bytes_of_weight() const { return bytes(inner * columns); }
   std::size_t bytes_of_input() const { return bytes(rows * inner); }
 
-  // What it is chosen with: rows up to a multiple of a 32nd of them or less, mostly the same for
-  // T tokens as for T + 1. Which of two algorithms about equally fast is chosen is chance; and a
-  // model would seem to gain or lose by a token what it does by that.
+  // As many rows or up to a 32nd more (8 if few), mostly the same for T tokens as for T + 1.
   Size rounded() const {
     std::int64_t step = 8;
     while (step < 256 && step * 64 <= rows) step *= 2;
@@ -109,7 +107,7 @@ struct Choice {
   int apart = 0;  // whether several products of the same input follow each other
 };
 
-// The algorithms that were chosen, by rounded sizes: read from beside the library or timed since.
+// The algorithms that were chosen: read from beside the library, or timed since.
 class Choices {
  public:
   static Choices& get() {
@@ -120,6 +118,14 @@ class Choices {
   bool tuning = false;
   Text error;
   std::map<Size, Choice> known;
+  // The first of about as many rows, by rounded sizes: which of two algorithms about equally fast
+  // is chosen is chance, and a model would seem to gain or lose by a token what it does by that.
+  std::map<Size, Choice> near;
+
+  void keep(const Size& size, const Choice& choice) {
+    known[size] = choice;
+    near.emplace(size.rounded(), choice);
+  }
 
   bool save(const char* path) const {
     std::FILE* file = std::fopen(path, "w");
@@ -171,7 +177,7 @@ class Choices {
       for (std::uint64_t& word : choice.algorithm.data) {
         if (std::fscanf(file, "%" SCNx64, &word) != 1) return cut;
       }
-      known[size] = choice;
+      keep(size, choice);
     }
     return {};
   }

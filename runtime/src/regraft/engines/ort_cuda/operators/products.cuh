@@ -3,9 +3,9 @@
 // Left alone, cuBLAS chooses by rules of thumb, and otherwise for 258 tokens than for 257, so that
 // the one token more may cost 8 %. So `regraft build` times what cuBLASLt proposes for every size
 // that will be run (`regraft_tune`), and keeps the fastest beside the library (`regraft_save`). A
-// process that runs the graph reads that file and times nothing: it computes what was verified. A
-// size that is not in it gets cuBLASLt's first proposal. Sizes that differ by a token an image
-// share a choice (`Size::rounded`).
+// process that runs the graph reads that file and times nothing: it computes what was verified.
+// Sizes that differ by a token an image share a choice (`Choices::near`); one that nothing was
+// chosen for gets cuBLASLt's first proposal.
 //
 // Products of the same input run at the same time where that is faster: a small batch leaves most
 // of the card idle.
@@ -48,28 +48,37 @@ class Product {
     return problem_.prepare(size, lanes[0].bias);
   }
 
-  // The algorithm: the one that is known, or the fastest if there is leave to time, or the first.
+  // The algorithm: the one that is known, or that of a size nearby, or the fastest if there is
+  // leave to time, or the first.
   Text choose(const void* x, const Lanes& lanes, cudaStream_t stream) {
     Choices& choices = Choices::get();
     const std::lock_guard<std::mutex> lock(choices.mutex);
     if (!choices.error.empty()) return choices.error;
-    const Size rounded = size_.rounded();
-    // What was chosen for other rows may not do for these; then they have a choice of their own.
-    for (const Size& size : {rounded, size_}) {
-      const auto found = choices.known.find(size);
-      if (found == choices.known.end()) continue;
+    if (const auto found = choices.known.find(size_); found != choices.known.end()) {
       choice_ = found->second;
       if (problem_.fits(choice_.algorithm, &choice_.workspace)) return {};
+      return "regraft: a product cannot be computed as it was chosen; "
+             "run regraft build --force again";
     }
     cudaStreamCaptureStatus recording = cudaStreamCaptureStatusNone;
     REGRAFT_CUDA(cudaStreamIsCapturing(stream, &recording));
     const bool timed = choices.tuning && recording == cudaStreamCaptureStatusNone;
+    if (const auto near = choices.near.find(size_.rounded()); near != choices.near.end()) {
+      choice_ = near->second;
+      // What does for other rows may not do for these, and cuBLASLt may refuse only to run it.
+      if (problem_.fits(choice_.algorithm, &choice_.workspace) &&
+          (!timed || run(x, lanes, stream).empty())) {
+        if (timed) choices.keep(size_, choice_);
+        return {};
+      }
+      cudaGetLastError();
+    }
     std::vector<Choice> all;
     if (Text failed = problem_.propose(timed, &all); !failed.empty()) return failed;
     choice_ = all.front();
     if (!timed) return {};
     if (Text failed = fastest(all, x, lanes, stream); !failed.empty()) return failed;
-    if (!choices.known.emplace(rounded, choice_).second) choices.known[size_] = choice_;
+    choices.keep(size_, choice_);
     return {};
   }
 
