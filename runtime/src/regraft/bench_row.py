@@ -13,14 +13,28 @@ from regraft.engines import Engine
 from regraft.errors import GateError
 from regraft.extractor import Extractor
 from regraft.features import Features
-from regraft.timing import Ratio, race
+from regraft.timing import Ratio, compare, race
 
+_TURN = 0.005  # seconds of runs in a row on the device: what it takes to start them is hidden
 _TOLERANCE = 1e-5  # relative to the largest value; the same graph on the same pixels
 
 
 @dataclass(frozen=True)
+class OnDevice:
+    """Computing alone, by the device's own clock, nothing copied; milliseconds per run."""
+
+    rounds: int
+    baseline_ms: float
+    patched_ms: float
+    ratio: Ratio
+
+
+@dataclass(frozen=True)
 class Row:
-    """The figures of one batch size; times in milliseconds per run."""
+    """The figures of one batch size; times in milliseconds per run.
+
+    ``device`` is None for an engine whose device has no clock (:attr:`EngineKind.has_clock`).
+    """
 
     batch: int
     rounds: int
@@ -31,6 +45,7 @@ class Row:
     ratio: Ratio
     baseline_images_per_second: float
     patched_images_per_second: float
+    device: OnDevice | None
 
 
 def measure(
@@ -48,7 +63,7 @@ def measure(
         baseline: opened on the graph ``baseline``.
         patched: opened on the graph ``model``.
         pixels: preprocessed images, float32 (B, 3, H, W).
-        seconds: how long to measure.
+        seconds: how long to measure; half of it on the device alone, if that has a clock.
         rounds: how many rounds at least.
 
     Raises:
@@ -69,10 +84,11 @@ def measure(
             "baseline": lambda: baseline.run(pixels, names),
             "patched": lambda: patched.run(pixels, names),
         },
-        seconds=seconds,
+        seconds=seconds / 2 if patched.has_clock else seconds,
         rounds=rounds,
         check=check,
     )
+    device = _on_device(baseline, patched, len(pixels), seconds / 2, rounds)
     before, after = times["baseline"], times["patched"]
     return Row(
         batch=len(pixels),
@@ -84,6 +100,29 @@ def measure(
         ratio=Ratio.of(after, before),
         baseline_images_per_second=len(pixels) / before.median,
         patched_images_per_second=len(pixels) / after.median,
+        device=device,
+    )
+
+
+def _on_device(
+    baseline: Engine, patched: Engine, batch: int, seconds: float, rounds: int
+) -> OnDevice | None:
+    """Both in turn, on the images that were run last."""
+    if not patched.has_clock:
+        return None
+    # As many runs for both, so that neither is compared at another warmth or clock.
+    runs = max(1, round(_TURN / baseline.device_seconds(batch, 3)))
+    times = compare(
+        {
+            "baseline": lambda: baseline.device_seconds(batch, runs),
+            "patched": lambda: patched.device_seconds(batch, runs),
+        },
+        seconds=seconds,
+        rounds=rounds,
+    )
+    before, after = times["baseline"], times["patched"]
+    return OnDevice(
+        len(before.seconds), before.median * 1e3, after.median * 1e3, Ratio.of(after, before)
     )
 
 

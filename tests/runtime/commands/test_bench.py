@@ -47,6 +47,7 @@ def test_the_figures_fit_together(
         assert row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
         rate = row["batch"] / row["patched_ms"] * 1000
         assert row["patched_images_per_second"] == pytest.approx(rate)
+        assert row["device"] is None
 
 
 def test_the_picture_shows_the_figures(

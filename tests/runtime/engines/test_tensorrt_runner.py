@@ -96,6 +96,20 @@ def test_a_bucket_is_recorded_once_and_then_replayed() -> None:
     assert cudart.calls["cudaMalloc"] == 1 + len(fake.SHAPES)  # all of it at the start
 
 
+@pytest.mark.parametrize("graphs", [True, False])
+def test_the_card_times_itself(graphs: bool) -> None:
+    runner, engine, cudart = opened(graphs=graphs)
+    runner.run(images(3), OUTPUTS)
+    before, copies = len(engine.executed), cudart.calls["cudaMemcpyAsync"]
+    # The fake's clock: one millisecond for each piece of work.
+    assert runner.device_seconds(3, 4) == 1e-3
+    largest = runner.sizes[-1]
+    runner.run(images(largest), OUTPUTS)
+    assert runner.device_seconds(2 * largest, 2) == 2e-3  # two pieces
+    assert cudart.calls["cudaMemcpyAsync"] == copies + 1 + len(OUTPUTS)
+    assert (len(engine.executed) > before + 4) is not graphs  # replayed, not started anew
+
+
 def test_padding_is_zero_whatever_ran_before() -> None:
     runner, engine, _ = opened(graphs=False)
     runner.run(images(6), OUTPUTS)

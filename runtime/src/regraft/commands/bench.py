@@ -2,7 +2,8 @@
 
 Both run on the same engine and give the same outputs; the order changes every round. The ratio is
 the median over rounds with its 95 % interval. What is timed is checked: finite, and equal to what
-`regraft extract` gives.
+`regraft extract` gives. A run begins and ends in the host's memory; where the engine's device has a
+clock, what it computes is timed by that, too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import json
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from regraft.files import check_output, whole_file
 from regraft.image_files import list_images
 from regraft.images import decode
 from regraft.preprocessing import Preprocessing
+from regraft.timing import Ratio
 from regraft.verification import Engines
 from regraft.wording import unread
 
@@ -93,13 +95,10 @@ def run(args: argparse.Namespace) -> int:
 def _plot(args: argparse.Namespace, about: dict[str, Any], rows: Sequence[Row]) -> None:
     details = ", ".join(f"{name} {value}" for name, value in about["engine_details"].items())
     pairs = [
-        Pair(
-            row.batch,
-            row.baseline_ms,
-            row.patched_ms,
-            (row.ratio.median, row.ratio.low, row.ratio.high),
-        )
+        Pair(label, row.batch, part.baseline_ms, part.patched_ms, astuple(part.ratio))
         for row in rows
+        for label, part in ((f"batch {row.batch}", row), ("device alone", row.device))
+        if part is not None
     ]
     title = f"{about['model']}, {about['precision']}, {about['engine']}"
     with whole_file(args.plot, args.force) as file:
@@ -166,6 +165,18 @@ def _table(about: dict[str, Any], rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         base = f"{row.baseline_ms:.2f} ({row.baseline_p99_ms:.2f})"
         patched = f"{row.patched_ms:.2f} ({row.patched_p99_ms:.2f})"
-        ratio = f"{row.ratio.median:.3f} ({row.ratio.low:.3f} to {row.ratio.high:.3f})"
         rate = f"{row.patched_images_per_second:.1f}"
-        yield f"{row.batch:<7}{base:<21}{patched:<21}{ratio:<24}{rate:<10}{row.rounds}"
+        yield f"{row.batch:<7}{base:<21}{patched:<21}{_said(row.ratio):<24}{rate:<10}{row.rounds}"
+    if any(row.device for row in rows):
+        yield "the device alone, by its own clock, nothing copied:"
+    for batch, own in ((row.batch, row.device) for row in rows):
+        if own is not None:
+            rate = f"{batch / own.patched_ms * 1e3:.1f}"
+            yield (
+                f"{batch:<7}{own.baseline_ms:<21.3f}{own.patched_ms:<21.3f}"
+                f"{_said(own.ratio):<24}{rate:<10}{own.rounds}"
+            )
+
+
+def _said(ratio: Ratio) -> str:
+    return f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"

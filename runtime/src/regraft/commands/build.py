@@ -29,6 +29,8 @@ from regraft.pipeline import Batch, batches
 from regraft.progress import BuildBar, Progress
 from regraft.verification import Verification
 
+BEFORE = "built before"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     planned = plan(bundle, args.engine, dict(args.option), args.precision)
     if planned.keys and not args.force and _current(planned):
-        _print(args, planned, "built before", None, {})
+        _print(args, planned, BEFORE, None, {})
         return 0
     paths = list_images(args.images)[: args.max_images]
     with ExitStack() as stack:
@@ -144,7 +146,8 @@ def _print(
         }
         print(json.dumps(content, allow_nan=False))
         return
-    print(f"{args.engine} ({planned.precision}): {state}")
+    note = "; --images not used (--force builds and verifies again)" if state == BEFORE else ""
+    print(f"{args.engine} ({planned.precision}): {state}{note}")
     for name, report in reports.items():
         print(f"  {name}: {'; '.join(f'{k} {_words(v)}' for k, v in report.items())}")
     for folder in folders.values():

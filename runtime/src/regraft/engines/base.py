@@ -166,7 +166,7 @@ class Engine(EngineKind):
             Seconds per run.
 
         Raises:
-            EngineError: the engine has no device of its own, is closed, or the run failed.
+            EngineError: not :attr:`has_clock`, the engine is closed, or the run failed.
         """
         with self._lock, self._failures(f"failed on {self.graph.name}, batch {batch}"):
             self._check_open()

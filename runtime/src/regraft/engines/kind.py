@@ -21,7 +21,9 @@ class EngineKind(ABC):
     Attributes:
         name: as the command line names it, such as ``ort-cpu``.
         is_built: whether ``regraft build`` leaves something in the cache for it.
-        has_device: whether it computes on a device of its own, with memory and clock of its own.
+        has_device: whether it computes on a device of its own while the host goes on.
+        has_clock: whether its device says how long it computes, see
+            :meth:`regraft.engines.base.Engine.device_seconds`.
         variant: the form of a graph that it takes where a bundle has it, see
             :meth:`regraft.bundle.Bundle.variants`; None for the portable one.
         preferred_batch: images in a run from which on larger ones gain nothing; None where they do.
@@ -31,6 +33,7 @@ class EngineKind(ABC):
     name: ClassVar[str]
     is_built: ClassVar[bool] = False
     has_device: ClassVar[bool] = False
+    has_clock: ClassVar[bool] = False
     variant: ClassVar[str | None] = None
     preferred_batch: ClassVar[int | None] = None
     build_options: ClassVar[tuple[BuildOption, ...]] = ()

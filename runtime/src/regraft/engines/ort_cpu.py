@@ -52,7 +52,7 @@ class OrtCpuEngine(Engine):
         import onnxruntime as ort
 
         ort.disable_telemetry_events()  # nobody asked for any
-        if self.precision == "fp16":
+        if self.precision == "fp16" and options.optimize:  # else a gate's graph: not to be fast
             _log.warning(
                 "ort-cpu: the bundle is fp16, which a CPU computes by converting to and fro, "
                 "slower than fp32; export with --precision fp32 for CPUs"

@@ -45,6 +45,7 @@ class OrtCudaEngine(Engine):
     is_built = True  # `regraft build` leaves a verdict; there is nothing to compile
     variant = "cuda"
     has_device = True
+    has_clock = True
     _runner: Runner | None = None
     _thread: OneThread
 

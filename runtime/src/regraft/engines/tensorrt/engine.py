@@ -10,9 +10,9 @@ put a fake CUDA runtime and a fake engine in its place. `make test-gpu` runs it 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,7 @@ PLAN, TIMING = "model.plan", "timing.cache"
 _PACKAGES = {"tensorrt": "tensorrt", "cuda.bindings.runtime": "cuda-bindings"}
 _INSTALL = how_to_install("regraft-runtime", "tensorrt")
 _ATTENTION = ("any", "fused")
+Result = TypeVar("Result")
 
 
 class TensorrtEngine(Engine):
@@ -46,6 +47,7 @@ class TensorrtEngine(Engine):
 
     name = "tensorrt"
     is_built = True
+    has_clock = True
     build_options = (
         BuildOption("min-batch", BuilderOptions.min_batch, "smallest batch", least=1),
         BuildOption("opt-batch", BuilderOptions.opt_batch, "the batch it is tuned for", least=1),
@@ -135,11 +137,17 @@ class TensorrtEngine(Engine):
     def _run(
         self, pixels: NDArray[np.float32], outputs: Sequence[str]
     ) -> Sequence[NDArray[np.float32]]:
+        return self._logged(lambda runner: runner.run(pixels, outputs))
+
+    def _device_seconds(self, batch: int, runs: int) -> float:
+        return self._logged(lambda runner: runner.device_seconds(batch, runs))
+
+    def _logged(self, work: Callable[[Runner], Result]) -> Result:
         if self._runner is None:
             raise EngineError("tensorrt: is closed; open it again")
         with logger().collecting() as errors:
             try:
-                return self._runner.run(pixels, outputs)
+                return work(self._runner)
             except EngineError as error:
                 # TensorRT's own functions say no more than False; its log says why.
                 if not errors:

@@ -107,15 +107,29 @@ class Runner:
         staging.array[count:bucket] = 0
         size = staging.bytes(bucket)
         self._cuda.copy_in(staging.device, staging.host, size, self._stream)
+        self._compute(bucket)
+        for name in outputs:
+            buffer = self._buffers[name]
+            self._cuda.copy_out(buffer.host, buffer.device, buffer.bytes(count), self._stream)
+        self._cuda.wait(self._stream)
+
+    def device_seconds(self, batch: int, runs: int) -> float:
+        """Seconds per run on the card, of the buckets that execute a batch of that size."""
+        needed = [bucket for _, _, bucket in pieces(batch, self.sizes)]
+
+        def work() -> None:
+            for _ in range(runs):
+                for bucket in needed:
+                    self._compute(bucket)
+
+        return self._cuda.seconds(self._stream, work) / runs
+
+    def _compute(self, bucket: int) -> None:
         slot = self._slots.get(bucket) or self._prepare(bucket)
         if slot.graph is None:
             self._enqueue(slot.context, bucket)
         else:
             self._cuda.call("cudaGraphLaunch", slot.graph, self._stream)
-        for name in outputs:
-            buffer = self._buffers[name]
-            self._cuda.copy_out(buffer.host, buffer.device, buffer.bytes(count), self._stream)
-        self._cuda.wait(self._stream)
 
     def _prepare(self, bucket: int) -> _Slot:
         context = self._context(bucket)
