@@ -33,9 +33,9 @@ _COLUMNS = 5  # panels in a row
 _PRESENT = source_sha256()[:16]  # the operators as they are now
 NAMES = {
     "literal": "the paper, literally",
-    "patched, operators": "patched, own operators",
+    "patched, operators": "patched, both with own operators",
     "constant": "value = constant",
-    "constant, operators": "value = constant, own operators",
+    "constant, operators": "value = constant, both with own operators",
 }
 
 

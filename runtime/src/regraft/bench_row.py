@@ -33,7 +33,7 @@ class OnDevice:
 class Row:
     """The figures of one batch size; times in milliseconds per run.
 
-    ``device`` is None for an engine whose device has no clock (:attr:`EngineKind.has_clock`).
+    ``on_device`` is None for an engine whose device has no clock (:attr:`EngineKind.has_clock`).
     """
 
     batch: int
@@ -45,7 +45,7 @@ class Row:
     ratio: Ratio
     baseline_images_per_second: float
     patched_images_per_second: float
-    device: OnDevice | None
+    on_device: OnDevice | None
 
 
 def measure(
@@ -88,7 +88,7 @@ def measure(
         rounds=rounds,
         check=check,
     )
-    device = _on_device(baseline, patched, len(pixels), seconds / 2, rounds)
+    on_device = _on_device(baseline, patched, len(pixels), seconds / 2, rounds)
     before, after = times["baseline"], times["patched"]
     return Row(
         batch=len(pixels),
@@ -100,7 +100,7 @@ def measure(
         ratio=Ratio.of(after, before),
         baseline_images_per_second=len(pixels) / before.median,
         patched_images_per_second=len(pixels) / after.median,
-        device=device,
+        on_device=on_device,
     )
 
 

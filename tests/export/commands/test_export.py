@@ -438,7 +438,6 @@ def test_a_failed_gate_exits_with_one_and_leaves_nothing(
         (f"python:{bundles.FILE}:nothing", "has no function 'nothing'"),
         (f"python:{bundles.FILE}:not_a_vit", "no stack of equal transformer blocks was found"),
         (f"python:{bundles.FILE}:without_preprocessing", "the preprocessing lacks input_size"),
-        ("vit", "'vit' is not a model; expected one of timm:NAME"),
         ("timm:no_such_vit", "no_such_vit"),
     ],
 )
@@ -450,6 +449,13 @@ def test_a_model_that_does_not_fit_is_refused(
     assert err.startswith("regraft: ")
     assert message in err
     assert err.count("\n") == 1
+    assert nothing_left(tmp_path)
+
+
+def test_what_is_no_model_is_wrong_usage(export: Regraft, tmp_path: Path) -> None:
+    code, out, err = export(model="vit")
+    assert (code, out) == (2, "")
+    assert err.startswith("regraft: 'vit' is not a model; expected one of timm:NAME")
     assert nothing_left(tmp_path)
 
 

@@ -330,7 +330,7 @@ def test_what_is_no_model_is_told_all_forms(
 ) -> None:
     words = ("--images", place / "images", "--out", tmp_path / "n.json")
     code, out, err = regraft("find", "nonsense", *words)
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert err.startswith("regraft: 'nonsense' is not a model; expected one of timm:NAME, ")
     assert err.endswith("python:FILE.py:FUNCTION, or a file IN.onnx\n")
 

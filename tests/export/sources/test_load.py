@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from regraft.errors import ModelError
+from regraft.errors import ModelError, UsageError
 from regraft.preprocessing import Preprocessing
 from regraft_export import sources
 from regraft_export.sources import PreprocessingOverrides, load
@@ -85,7 +85,7 @@ FORMS = (
 
 @pytest.mark.parametrize("model", ["vit_base_patch16_224", "tf:x", "timm:", ":x", ""])
 def test_other_forms_are_refused(model: str) -> None:
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(UsageError) as caught:
         load(model)
     assert str(caught.value) == f"{model!r} is not a model; expected one of {FORMS}"
 

@@ -23,8 +23,9 @@ def test_the_table(regraft: Regraft, pristine_bundle: Path) -> None:
     lines = out.splitlines()
     assert lines[0] == "python:small.py:small, fp32, 16 x 16 pixels"
     assert lines[1].startswith("ort-cpu (onnxruntime ")
-    assert [line.split()[0] for line in lines[3:]] == ["1", "8"]
-    assert all(line.split()[-1] == "5" for line in lines[3:])
+    assert lines[2] == "random pictures; --images takes yours"
+    assert [line.split()[0] for line in lines[4:]] == ["1", "8"]
+    assert all(line.split()[-1] == "5" for line in lines[4:])
 
 
 def test_the_figures_fit_together(
@@ -47,7 +48,7 @@ def test_the_figures_fit_together(
         assert row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
         rate = row["batch"] / row["patched_ms"] * 1000
         assert row["patched_images_per_second"] == pytest.approx(rate)
-        assert row["device"] is None
+        assert row["on_device"] is None
 
 
 def test_the_picture_shows_the_figures(
@@ -68,6 +69,9 @@ def test_the_picture_shows_the_figures(
         each += [row["baseline_ms"] / row["batch"], row["patched_ms"] / row["batch"]]
     assert [bar / max(bars) for bar in bars] == pytest.approx([e / max(each) for e in each], 0.01)
     assert "exists already" in regraft(*words, "--plot", picture)[2]
+    again = [word for word in words if word != "--json"]
+    code, out, _ = regraft(*again, "--plot", picture, "--force")
+    assert (code, out.splitlines()[-1]) == (0, f"written: {picture}")
     code, _, err = regraft(*words, "--plot", tmp_path / "b.png")
     assert (code, "ends in '.png'; expected .svg" in err) == (2, True)
 

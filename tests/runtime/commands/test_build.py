@@ -146,6 +146,8 @@ def test_what_was_built_is_not_built_again_without_force(
     code, out, err = regraft(*words(bundle, images))
     assert (code, err) == (0, "")
     assert out.startswith("openvino (fp32): built before; --images not used (--force ")
+    code, _, err = regraft(*words(bundle, bundle / "absent"))
+    assert (code, "absent: no such" in err) == (1, True)
     assert built() == first
     assert json.loads(regraft(*words(bundle, images, "--json"))[1])["state"] == "built before"
     assert regraft(*words(bundle, images, "--force"))[1].startswith("openvino (fp32): built\n")
@@ -248,7 +250,7 @@ def test_a_damaged_entry_is_named_and_building_again_mends_it(
     code, out, err = regraft(*words(bundle, images))
     assert code == 0
     assert out.startswith("openvino (fp32): built\n")
-    assert err.endswith("; building again\n")
+    assert err.endswith("build again with `regraft build`; doing so\n")
     assert regraft(*verify)[0] == 0
 
 

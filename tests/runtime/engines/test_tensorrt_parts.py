@@ -90,6 +90,7 @@ def test_what_was_built_runs(
         }
         for name, value in engine.run(pixels).items():
             np.testing.assert_array_equal(value, fake.right(pixels, name))
+        assert engine.has_clock
         assert engine.device_seconds(5, 2) == 1e-3  # the fake's clock
         assert engine.details() == {
             "tensorrt": "11.4.0.0",

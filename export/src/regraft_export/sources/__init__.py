@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regraft.errors import ModelError, how_to_install
+from regraft.errors import ModelError, UsageError, how_to_install
 from regraft.preprocessing import Preprocessing
 from regraft_export.sources.data_config import PreprocessingOverrides
 
@@ -77,12 +77,13 @@ def load(
         also: what the caller takes besides, for the message about what is no model.
 
     Raises:
-        ModelError: no such scheme, package, model or weights; weights that do not fit or are not
-            finite; preprocessing that is missing or malformed.
+        UsageError: no such scheme.
+        ModelError: no such package, model or weights; weights that do not fit or are not finite;
+            preprocessing that is missing or malformed.
     """
     scheme, colon, rest = model.partition(":")
     if scheme not in _SCHEMES or not colon or not rest:
-        raise ModelError(f"{model!r} is not a model; expected one of {_FORMS}{also}")
+        raise UsageError(f"{model!r} is not a model; expected one of {_FORMS}{also}")
     if trust_repo and scheme != "hub":
         raise ModelError(f"{model}: --trust-repo is for models of hub:REPO:ENTRY alone")
     try:

@@ -78,10 +78,10 @@ def run(args: argparse.Namespace) -> int:
     """Builds and verifies, and prints both."""
     bundle = Bundle.open(args.bundle)
     planned = plan(bundle, args.engine, dict(args.option), args.precision)
+    paths = list_images(args.images)[: args.max_images]
     if planned.keys and not args.force and _current(planned):
         _print(args, planned, BEFORE, None, {})
         return 0
-    paths = list_images(args.images)[: args.max_images]
     with ExitStack() as stack:
         reference = stack.enter_context(open_reference(bundle, args))
         bar = stack.enter_context(BuildBar())
@@ -110,7 +110,7 @@ def _current(planned: Plan) -> bool:
     try:
         return is_current(planned)
     except EngineError as error:
-        print(f"regraft: {error}; building again", file=sys.stderr)
+        print(f"regraft: warning: {error}; doing so", file=sys.stderr)
         return False
 
 
