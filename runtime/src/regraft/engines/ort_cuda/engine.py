@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regraft.engines.base import Engine
+from regraft.engines.cores import usable_cores
 from regraft.engines.cuda_runtime import Cuda
 from regraft.engines.options import BuildOptions, BuildProgress, EngineOptions, Shape
 from regraft.engines.ort_cpu import ort_errors
@@ -177,7 +178,9 @@ class OrtCudaEngine(Engine):
         inner = {name: tuple(int(n) for n in shape[1:]) for name, shape in outputs.items()}
         self._thread = OneThread()
         self._runner = Runner(
-            session, ort, cuda, stream, {INPUT: (3, *size), **inner}, parts, graphs=options.optimize
+            *(session, ort, cuda, stream, {INPUT: (3, *size), **inner}, parts),
+            graphs=options.optimize,
+            threads=options.threads or usable_cores(),
         )
         return size, shapes_of(outputs, parts)
 

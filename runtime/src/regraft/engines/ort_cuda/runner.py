@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from regraft.engines.buckets import buckets, pieces
 from regraft.engines.cuda_runtime import Cuda
+from regraft.engines.host_copies import HostCopies
 from regraft.engines.ort_cuda.gate import GATE
 from regraft.engines.ort_cuda.slot import Job, Slot
 from regraft.engines.parts import Part
@@ -62,6 +63,7 @@ class Runner:
         parts: Mapping[str, Part] | None = None,
         *,
         graphs: bool,
+        threads: int,
     ) -> None:
         """Allocates nothing yet: a bucket gets its memory when it is first used.
 
@@ -73,9 +75,11 @@ class Runner:
             inner: name of the input and of every output of the graph -> shape without the batch.
             parts: outputs that are parts of one of these.
             graphs: whether the session was opened with CUDA graphs.
+            threads: that may copy within the host's memory.
         """
         self._session, self._ort, self._cuda = session, ort, cuda
         self._inner, self._parts, self.graphs = dict(inner), dict(parts or {}), graphs
+        self._copies = HostCopies(threads)
         self._slots: dict[int, list[Slot]] = {}
         self._most = _SLOTS
         with ExitStack() as stack:
@@ -179,7 +183,7 @@ class Runner:
 
     def _bound(self, taken: ExitStack, bucket: int, graph: str) -> Slot:
         """A slot with memory for a bucket; what it takes is freed by ``taken``."""
-        slot = Slot(self._cuda, self._streams, taken, self._parts)
+        slot = Slot(self._cuda, self._streams, taken, self._parts, self._copies)
         binding = self._session.io_binding()
         for name, shape in self._inner.items():
             address = slot.place(name, (bucket, *shape))
@@ -224,3 +228,4 @@ class Runner:
             self._slots.clear()
             self._session = None  # before the stream it runs on
             self._stack.close()
+        self._copies.close()

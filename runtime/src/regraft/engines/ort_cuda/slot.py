@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regraft.engines.cuda_runtime import Cuda
+from regraft.engines.host_copies import HostCopies
 from regraft.engines.parts import Part
 from regraft.errors import EngineError
 from regraft.manifest import INPUT
@@ -46,7 +47,12 @@ class Slot:
     """
 
     def __init__(
-        self, cuda: Cuda, streams: tuple[object, ...], stack: ExitStack, parts: Mapping[str, Part]
+        self,
+        cuda: Cuda,
+        streams: tuple[object, ...],
+        stack: ExitStack,
+        parts: Mapping[str, Part],
+        copies: HostCopies,
     ) -> None:
         """Takes no memory yet, see :meth:`place`.
 
@@ -55,8 +61,9 @@ class Slot:
             streams: that copies in, that computes, that copies back.
             stack: frees what the slot takes.
             parts: outputs that are parts of another.
+            copies: within the host's memory.
         """
-        self._cuda, self._stack, self._parts = cuda, stack, parts
+        self._cuda, self._stack, self._parts, self._copies = cuda, stack, parts, copies
         self._in, self._main, self._out = streams
         self._device: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -104,7 +111,7 @@ class Slot:
         """Starts a batch: copy in, compute, copy the named outputs back."""
         address, staging = self._host[INPUT]
         count = len(pixels)
-        staging[:count] = pixels
+        self._copies.copy(staging[:count], pixels)
         # Images do not see each other, so any padding would do; zeros are the same in every run.
         staging[count:] = 0
         self._cuda.copy_in(self._device[INPUT], address, staging.nbytes, self._in)
@@ -137,4 +144,4 @@ class Slot:
         if job is None:
             return
         self._cuda.wait_for(self._downloaded)  # if this fails, the job is lost and says so
-        job.results = [self._host[name][1][: job.count].copy() for name in job.outputs]
+        job.results = [self._copies.copied(self._host[n][1][: job.count]) for n in job.outputs]

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from regraft import engine_cache
 from regraft.engine_key import CacheKey
 from regraft.engines.base import Engine
+from regraft.engines.cores import usable_cores
 from regraft.engines.cuda_runtime import Cuda
 from regraft.engines.options import (
     BuildOption,
@@ -126,7 +127,8 @@ class TensorrtEngine(Engine):
                 "--engine tensorrt --images DIR"
             )
         self._engine = _deserialise((self.built / PLAN).read_bytes(), graph.name)
-        self._runner = Runner(self._engine, trt, Cuda(), graphs=options.optimize)
+        threads = options.threads or usable_cores()
+        self._runner = Runner(self._engine, trt, Cuda(), options.optimize, threads)
         inner = self._runner.inner
         outputs: dict[str, Shape] = {
             name: ("batch", *shape) for name, shape in inner.items() if name != INPUT

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from regraft.engines.buckets import buckets, pieces
 from regraft.engines.cuda_runtime import Buffer, Cuda
+from regraft.engines.host_copies import HostCopies
 from regraft.errors import EngineError
 from regraft.manifest import INPUT
 
@@ -40,7 +41,9 @@ class Runner:
         graphs: whether CUDA graphs are used; False after the first that could not be recorded.
     """
 
-    def __init__(self, engine: Any, trt: Any, cuda: Cuda, graphs: bool = True) -> None:
+    def __init__(
+        self, engine: Any, trt: Any, cuda: Cuda, graphs: bool = True, threads: int = 1
+    ) -> None:
         """Allocates everything for the largest batch.
 
         Args:
@@ -48,12 +51,14 @@ class Runner:
             trt: the module ``tensorrt``.
             cuda: the calls into the CUDA runtime.
             graphs: whether to record CUDA graphs.
+            threads: that may copy within the host's memory.
 
         Raises:
             EngineError: a tensor is not what was built here, or the card's memory is too small.
         """
         self._engine, self._trt, self._cuda = engine, trt, cuda
         self.graphs = graphs
+        self._copies = HostCopies(threads)
         self._slots: dict[int, _Slot] = {}
         self.inner = _inner_shapes(engine, trt)
         shapes = engine.get_tensor_profile_shape(INPUT, 0)  # min, opt, max
@@ -97,12 +102,12 @@ class Runner:
         for start, stop, bucket in pieces(len(pixels), self.sizes):
             self._execute(pixels[start:stop], bucket, outputs)
             for name, result in zip(outputs, results, strict=True):
-                result[start:stop] = self._buffers[name].array[: stop - start]
+                self._copies.copy(result[start:stop], self._buffers[name].array[: stop - start])
         return results
 
     def _execute(self, pixels: NDArray[np.float32], bucket: int, outputs: Sequence[str]) -> None:
         count, staging = len(pixels), self._buffers[INPUT]
-        staging.array[:count] = pixels
+        self._copies.copy(staging.array[:count], pixels)
         # Images do not see each other, so any padding would do; zeros are the same in every run.
         staging.array[count:bucket] = 0
         size = staging.bytes(bucket)
@@ -187,6 +192,7 @@ class Runner:
         # Contexts before the memory they point into.
         self._slots.clear()
         self._stack.close()
+        self._copies.close()
 
 
 def _inner_shapes(engine: Any, trt: Any) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from regraft.engines import host_copies
+from regraft.engines.host_copies import MOST_THREADS, SHARE, HostCopies
+
+
+def drawn(images: int, size: int) -> NDArray[np.float32]:
+    return np.random.default_rng(images).normal(size=(images, size)).astype(np.float32)
+
+
+@given(st.integers(1, 9), st.integers(1, 2 * MOST_THREADS), st.integers(0, 40))
+def test_everything_is_copied_whatever_the_threads(threads: int, images: int, more: int) -> None:
+    source = drawn(images, SHARE // 4 + more)
+    target = np.full((images + 1, source.shape[1]), 7, np.float32)
+    copies = HostCopies(threads)
+    try:
+        copies.copy(target[:images], source)
+        np.testing.assert_array_equal(target[:images], source)
+        assert (target[images:] == 7).all()
+        np.testing.assert_array_equal(copies.copied(source), source)
+    finally:
+        copies.close()
+
+
+@pytest.mark.parametrize(
+    ("threads", "images", "pieces"),
+    [
+        (1, 8, [8]),
+        (2, 8, [4, 4]),
+        (3, 8, [2, 3, 3]),
+        (64, 8, [2, 2, 2, 2]),
+        (4, 3, [1, 1, 1]),
+        (4, 1, [1]),
+    ],
+)
+def test_large_ones_are_cut_between_images(
+    threads: int, images: int, pieces: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, seen = np.copyto, []
+
+    def copyto(target: NDArray[np.float32], source: NDArray[np.float32]) -> None:
+        seen.append(len(source))
+        honest(target, source)
+
+    monkeypatch.setattr(host_copies.np, "copyto", copyto)
+    copies = HostCopies(threads)
+    copies.copied(drawn(images, SHARE // 4))
+    copies.close()
+    assert sorted(seen) == pieces
+
+
+def test_small_ones_start_no_thread() -> None:
+    before = threading.active_count()
+    copies = HostCopies(MOST_THREADS)
+    copies.copied(drawn(8, SHARE // 64))
+    assert threading.active_count() == before
+    copies.copied(drawn(8, SHARE // 4))
+    assert threading.active_count() > before
+    for _ in range(2):
+        copies.close()
+    assert threading.active_count() == before
+
+
+def test_what_fails_on_a_thread_is_not_lost() -> None:
+    copies = HostCopies(2)
+    source = drawn(8, SHARE // 4)
+    with pytest.raises(ValueError, match="could not broadcast"):
+        copies.copy(np.empty((6, SHARE // 4), np.float32), source)
+    copies.close()
