@@ -19,7 +19,10 @@ from regraft.cli.main import main
 from regraft.cli.table import all_commands
 from regraft_export.demo import sample_images_folder
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "export/README.md", "benchmarks/README.md")
+DOCS = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 SHIPPED = "python:regraft_export.demo:shipped_vit"
 CARD = "--engine tensorrt"  # needs a card; tests/runtime/engines has what can be tested without
 FOREIGN = "model.onnx"  # an export that is not patched: the bundle has one
@@ -107,11 +110,10 @@ def test_readme_names_every_command_and_no_other() -> None:
 
 
 def test_install_lines_name_folders_and_extras_that_exist() -> None:
-    root = Path(__file__).parents[2]
     found = re.findall(r'"\./(\w+)\[([\w,-]+)\]"', README)
     assert found
     for name, extras in found:
-        text = (root / name / "pyproject.toml").read_text(encoding="utf-8")
+        text = (ROOT / name / "pyproject.toml").read_text(encoding="utf-8")
         for extra in extras.split(","):
             assert re.search(rf"^{extra} = \[", text, re.MULTILINE), f"{name}[{extra}]"
 
@@ -131,12 +133,24 @@ def test_the_options_readme_names_exist(
     with pytest.raises(SystemExit):
         main(["--help"])
     helps += capsys.readouterr().out
-    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", DOCS))
     assert {option for option in options if option not in helps} == OTHER_OPTIONS
 
 
-def test_readme_has_no_placeholder_and_names_files_that_exist() -> None:
-    assert not re.findall(r"@[A-Z]+@", README)
-    root = Path(__file__).parents[2]
-    for name in re.findall(r"`(benchmarks/results/[\w.-]+)`", README):
-        assert (root / name).is_file(), name
+def test_no_page_has_a_placeholder_and_all_name_files_that_exist() -> None:
+    assert not re.findall(r"@[A-Z]+@", DOCS)
+    named = re.findall(r"`(benchmarks/results/[\w.-]+|\w+/README\.md)`", DOCS)
+    assert {"export/README.md", "benchmarks/README.md"} <= set(named)
+    for name in named:
+        assert (ROOT / name).is_file(), name
+
+
+def test_the_contents_lead_to_headings() -> None:
+    """By GitHub's rule: in small letters, without punctuation, hyphens between words."""
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S), re.M
+    )
+    anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+    links = re.findall(r"\]\(#([\w-]+)\)", README)
+    assert len(links) > 10
+    assert not set(links) - anchors
