@@ -83,7 +83,7 @@ FORMS = (
 )
 
 
-@pytest.mark.parametrize("model", ["vit_base_patch16_224", "tf:x", "timm:", ":x", ""])
+@pytest.mark.parametrize("model", ["vit_base_patch16_224", "tf:x", "timm:", "hub:", ":x", ""])
 def test_other_forms_are_refused(model: str) -> None:
     with pytest.raises(UsageError) as caught:
         load(model)
