@@ -79,16 +79,16 @@ def measure(
     def check(name: str, outputs: Any) -> None:
         _expect_equal(name, _features(bundle, outputs), expected[name])
 
+    share = seconds / 2 if patched.has_clock else seconds
     times = race(
         {
             "baseline": lambda: baseline.run(pixels, names),
             "patched": lambda: patched.run(pixels, names),
         },
-        seconds=seconds / 2 if patched.has_clock else seconds,
+        seconds=share,
         rounds=rounds,
         check=check,
     )
-    on_device = _on_device(baseline, patched, len(pixels), seconds / 2, rounds)
     before, after = times["baseline"], times["patched"]
     return Row(
         batch=len(pixels),
@@ -100,16 +100,16 @@ def measure(
         ratio=Ratio.of(after, before),
         baseline_images_per_second=len(pixels) / before.median,
         patched_images_per_second=len(pixels) / after.median,
-        on_device=on_device,
+        on_device=(
+            _on_device(baseline, patched, len(pixels), share, rounds) if patched.has_clock else None
+        ),
     )
 
 
 def _on_device(
     baseline: Engine, patched: Engine, batch: int, seconds: float, rounds: int
-) -> OnDevice | None:
+) -> OnDevice:
     """Both in turn, on the images that were run last."""
-    if not patched.has_clock:
-        return None
     # As many runs for both, so that neither is compared at another warmth or clock.
     runs = max(1, round(_TURN / baseline.device_seconds(batch, 3)))
     times = compare(

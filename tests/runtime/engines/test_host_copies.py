@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tests.support import fake_onnxruntime, fake_tensorrt
 
-from regraft.engines import host_copies
+from regraft.engines import host_copies, open_engine
+from regraft.engines.cuda_runtime import Cuda
 from regraft.engines.host_copies import MOST_THREADS, SHARE, HostCopies
+from regraft.engines.tensorrt.runner import Runner
 
 
 def drawn(images: int, size: int) -> NDArray[np.float32]:
@@ -67,6 +71,28 @@ def test_small_ones_start_no_thread() -> None:
     for _ in range(2):
         copies.close()
     assert threading.active_count() == before
+
+
+def test_copies_end_before_the_memory_is_freed(
+    ort: fake_onnxruntime.Module, pristine_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = fake_tensorrt.Engine(fake_tensorrt.Cudart())
+    held: list[bool] = []
+    honest = HostCopies.close
+
+    def close(self: HostCopies) -> None:
+        held.append(cudart.live > 0)
+        honest(self)
+
+    monkeypatch.setattr(HostCopies, "close", close)
+    cudart = plan.cudart
+    Runner(plan, fake_tensorrt.module({}), Cuda(cudart)).close()
+    assert cudart.live == 0
+    engine = open_engine(pristine_bundle / "model.onnx", "ort-cuda")
+    cudart = ort.cudart
+    engine.close()
+    assert cudart.live == 0
+    assert held == [True, True]
 
 
 def test_what_fails_on_a_thread_is_not_lost() -> None:

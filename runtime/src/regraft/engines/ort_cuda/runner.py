@@ -224,8 +224,8 @@ class Runner:
 
     def close(self) -> None:
         """Frees everything; the runner cannot be used afterwards. Closing twice is allowed."""
+        self._copies.close()  # before the memory that an interrupted copy still writes to
         with GATE.opening():
             self._slots.clear()
             self._session = None  # before the stream it runs on
             self._stack.close()
-        self._copies.close()

@@ -186,13 +186,13 @@ class Runner:
 
     def close(self) -> None:
         """Frees everything; the runner cannot be used afterwards. Closing twice is allowed."""
+        self._copies.close()  # before the memory that an interrupted copy still writes to
         for slot in self._slots.values():
             if slot.graph is not None:
                 self._cuda.release("cudaGraphExecDestroy", slot.graph)
         # Contexts before the memory they point into.
         self._slots.clear()
         self._stack.close()
-        self._copies.close()
 
 
 def _inner_shapes(engine: Any, trt: Any) -> dict[str, tuple[int, ...]]:
