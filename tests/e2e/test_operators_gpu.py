@@ -123,12 +123,7 @@ def test_products_and_gelus_of_any_size(
           p = Cast<to = 1>(i) q = Cast<to = 1>(j) r = Cast<to = 1>(k) }}"""
     )
     rng = np.random.default_rng(tokens)
-    # Exact in all types, but their sums depend on the order, and so on the algorithm.
-    h, weight, bias = (
-        rng.integers(-128, 128, size) * np.exp2(rng.integers(-15, -6, size)).astype(np.float32)
-        for size in ((batch, tokens, inner), (inner, columns), columns)
-    )
-    h, weight, bias = (value.astype(np.float32) for value in (h, weight, bias))
+    h, weight, bias = wide(rng, batch, tokens, inner), wide(rng, inner, columns), wide(rng, columns)
     for name, value in (("weight", weight), ("bias", bias)):
         proto.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
     y = h @ weight
@@ -167,17 +162,31 @@ def test_products_and_gelus_of_any_size(
         run(fourth)
 
 
-def test_a_token_more_is_computed_with_the_same_algorithm(tmp_path: Path) -> None:
+def product(kind: str, weight: NDArray[np.float32]) -> onnx.ModelProto:
+    """One product of whatever tokens, with nothing else."""
+    number = {"fp32": 1, "fp16": 10}[kind]
+    inner, columns = weight.shape
     proto = onnx.parser.parse_model(
-        """<ir_version: 10, opset_import: ["" : 20, "regraft" : 1]>
-        g (float[b, t, 256] h) => (float[b, t, 512] y) {
-          x = Cast<to = 10>(h) w = Cast<to = 10>(weight)
-          one = regraft.Product_fp16(x, w) y = Cast<to = 1>(one) }"""
+        f"""<ir_version: 10, opset_import: ["" : 20, "regraft" : 1]>
+        g (float[b, t, {inner}] h) => (float[b, t, {columns}] y) {{
+          x = Cast<to = {number}>(h) w = Cast<to = {number}>(weight)
+          one = regraft.Product_{kind}(x, w) y = Cast<to = 1>(one) }}"""
     )
-    rng = np.random.default_rng(0)
-    weight = rng.normal(size=(256, 512)).astype(np.float32)
     proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "weight"))
-    pixels = {tokens: rng.normal(size=(8, tokens, 256)).astype(np.float32) for tokens in (257, 258)}
+    return proto
+
+
+def wide(rng: np.random.Generator, *size: int) -> NDArray[np.float32]:
+    """Exact in all types, but sums depend on the order, and so on the algorithm."""
+    drawn = rng.integers(-128, 128, size) * np.exp2(rng.integers(-15, -6, size))
+    return drawn.astype(np.float32)
+
+
+def test_a_token_more_is_computed_with_the_same_algorithm(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weight = wide(rng, 2048, 512)
+    proto = product("fp16", weight)
+    pixels = {tokens: wide(rng, 8, tokens, 2048) for tokens in (257, 258)}
     folders = [tmp_path / name for name in ("both", "read", "one")]
     for folder in folders:
         folder.mkdir()
@@ -199,6 +208,30 @@ def test_a_token_more_is_computed_with_the_same_algorithm(tmp_path: Path) -> Non
         session = session_of(proto, folder)
         for tokens, h in pixels.items():
             np.testing.assert_array_equal(session.run(["y"], {"h": h})[0], timed[tokens])
+
+
+def test_a_choice_that_does_not_fit_is_an_error_and_one_nearby_is_passed_over(
+    tmp_path: Path,
+) -> None:
+    """float32's products get the algorithm that was chosen for fp16's, which cannot do them."""
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(256, 512)).astype(np.float32)
+    pixels = {tokens: rng.normal(size=(8, tokens, 256)).astype(np.float32) for tokens in (257, 258)}
+    folders = {name: tmp_path / name for name in ("timed", "refused", "passed")}
+    for folder in folders.values():
+        folder.mkdir()
+        compile_library(folder)
+    with timed_products(folders["timed"]):
+        session_of(product("fp16", weight), folders["timed"]).run(["y"], {"h": pixels[257]})
+    head, count, line = (folders["timed"] / PRODUCTS).read_text().splitlines()
+    kind, *rest = line.split()
+    assert kind == "2"  # CUDA_R_16F
+    for name in ("refused", "passed"):
+        (folders[name] / PRODUCTS).write_text("\n".join([head, count, " ".join(["0", *rest]), ""]))
+    with pytest.raises(Exception, match=r"cannot be computed as it was chosen; .*build --force"):
+        session_of(product("fp32", weight), folders["refused"]).run(["y"], {"h": pixels[257]})
+    session = session_of(product("fp32", weight), folders["passed"])
+    assert_near(session.run(["y"], {"h": pixels[258]})[0], pixels[258] @ weight, 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16"])

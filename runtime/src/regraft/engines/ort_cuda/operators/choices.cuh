@@ -118,8 +118,9 @@ class Choices {
   bool tuning = false;
   Text error;
   std::map<Size, Choice> known;
-  // The first of about as many rows, by rounded sizes: which of two algorithms about equally fast
-  // is chosen is chance, and a model would seem to gain or lose by a token what it does by that.
+  // One for about as many rows, by rounded sizes: while timing the first, then that of the fewest.
+  // Which of two algorithms about equally fast is chosen is chance, and a model would seem to gain
+  // or lose by a token what it does by that.
   std::map<Size, Choice> near;
 
   void keep(const Size& size, const Choice& choice) {

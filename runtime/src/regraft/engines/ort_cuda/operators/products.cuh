@@ -62,12 +62,12 @@ class Product {
     }
     cudaStreamCaptureStatus recording = cudaStreamCaptureStatusNone;
     REGRAFT_CUDA(cudaStreamIsCapturing(stream, &recording));
-    const bool timed = choices.tuning && recording == cudaStreamCaptureStatusNone;
+    const bool tried = recording == cudaStreamCaptureStatusNone, timed = choices.tuning && tried;
     if (const auto near = choices.near.find(size_.rounded()); near != choices.near.end()) {
       choice_ = near->second;
       // What does for other rows may not do for these, and cuBLASLt may refuse only to run it.
       if (problem_.fits(choice_.algorithm, &choice_.workspace) &&
-          (!timed || run(x, lanes, stream).empty())) {
+          (!tried || run(x, lanes, stream).empty())) {
         if (timed) choices.keep(size_, choice_);
         return {};
       }

@@ -11,7 +11,7 @@ constexpr int kWarp = 32;
 constexpr int kAhead = 8;                 // tokens that a thread asks for at once
 constexpr int kNeurons = 128;             // of a layer, at most: they travel with the call
 constexpr std::int64_t kSearching = 128;  // blocks of a call, at most, where several do an image
-constexpr std::int64_t kFewest = 4;       // that may do an image, or one does
+constexpr std::int64_t kFewest = 4;       // that share an image; fewer are not worth it
 
 // Where the blocks that share an image meet. For one stream, whose kernels follow each other; zero
 // at first, and `arrived` is so again after each of them.
