@@ -72,6 +72,12 @@ def main() -> None:
         help="for the close comparison of graphs with operators (default: --seconds)",
     )
     parser.add_argument("--rounds", type=int, default=20, help="per batch size, at least")
+    parser.add_argument(
+        "--openings",
+        type=int,
+        default=3,
+        help="how often what the aims are about is open at a time (less where memory is short)",
+    )
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--literal", action="store_true", help="with the literal translation")
     parser.add_argument(
@@ -99,7 +105,7 @@ def main() -> None:
             _export(folder, vit, neurons, args)
         vit.module.cuda()
         for batch in args.batch_sizes:
-            rivals = partial(Rivals, folder, vit, neurons, batch, args.precision)
+            rivals = partial(Rivals, folder, vit, neurons, batch, args.precision, args.openings)
             cell = _Cell(rivals, vit, batch, args).measure()
             keep(args.out, cell)
             _forget_memory()

@@ -51,8 +51,8 @@ LITERAL = "literal"
 BASES = (BASELINE, OWN_BASELINE)  # what all others are compared with
 HOOKS, EAGER, COMPILED = "PyTorch with hooks", "PyTorch unpatched", "torch.compile unpatched"
 _SAME = {LITERAL: "patched", HOOKS: "patched", EAGER: BASELINE, COMPILED: BASELINE}  # in result
-# What the aims are about is opened so often: see benchmarks.cuda_rounds.
-OPENED = {OWN_BASELINE: 3, "patched, operators": 3, "constant, operators": 3}
+# What the aims are about, opened several times: see benchmarks.cuda_rounds.
+OPENED = (OWN_BASELINE, "patched, operators", "constant, operators")
 
 
 class Rivals:
@@ -72,9 +72,10 @@ class Rivals:
         neurons: Neurons,
         batch: int,
         precision: str,
+        openings: int,
     ) -> None:
         self._folder, self._vit, self._neurons = folder, vit, neurons
-        self._batch, self._precision = batch, precision
+        self._batch, self._precision, self._openings = batch, precision, openings
         drawn = np.random.default_rng(batch).normal(size=(batch, 3, *vits.image_size(vit)))
         self._pixels: Array = drawn.astype(np.float32)
         self._exact = torch.from_numpy(self._pixels).cuda()
@@ -88,7 +89,8 @@ class Rivals:
     def graph(self, stack: ExitStack, name: str) -> Rival:
         """One of the graphs for ``ort-cuda``, opened as often as it is to be."""
         with ExitStack() as opened:
-            same = [self._opened(opened, name) for _ in range(OPENED.get(name, 1))]
+            often = self._openings if name in OPENED else 1
+            same = [self._opened(opened, name) for _ in range(often)]
             stack.enter_context(opened.pop_all())
         self.graphs[name] = same
         return same[0]
