@@ -17,7 +17,7 @@ import timm
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.machine import RESULTS, circumstances, write_results
+from benchmarks.machine import RESULTS, circumstances, rounded, write_results
 from regraft.engines import Engine, EngineOptions, engine_class, open_engine
 from regraft.neurons import Neurons, RegisterNeuron
 from regraft.redirect import RedirectOptions
@@ -128,10 +128,8 @@ def _figures(name: str, t: Times, times: dict[str, Times], error: float) -> dict
     return {
         "median_ms": round(t.median * 1e3, 3),
         "p99_ms": round(t.p99 * 1e3, 3),
-        "over_ort_cpu": [round(x, 4) for x in (over_ort.median, over_ort.low, over_ort.high)],
-        "over_own_baseline": [
-            round(x, 4) for x in (over_baseline.median, over_baseline.low, over_baseline.high)
-        ],
+        "over_ort_cpu": rounded(over_ort, 4),
+        "over_own_baseline": rounded(over_baseline, 4),
         "relative_error_to_ort_cpu": float(f"{error:.2g}"),
     }
 

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import vits
 from benchmarks.cuda_graphs import OUTPUT, PER_NEURON, Array, check_error
-from benchmarks.machine import RESULTS, circumstances, write_results
+from benchmarks.machine import RESULTS, circumstances, rounded, write_results
 from regraft.engines import Engine, EngineOptions, engine_class, open_engine
 from regraft.errors import EngineError
 from regraft.timing import Ratio, race
@@ -127,7 +127,7 @@ def _measure(engines: dict[str, Engine], pixels: Array, args: argparse.Namespace
         over = Ratio.of(t, times[PORTABLE])
         rows[name] = {
             "median_ms": round(t.median * 1e3, 3),
-            "over_portable": [round(x, 4) for x in (over.median, over.low, over.high)],
+            "over_portable": rounded(over, 4),
         }
     return {"batch": len(pixels), "rounds": len(times[PORTABLE].seconds), "rivals": rows}
 

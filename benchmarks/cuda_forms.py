@@ -32,7 +32,7 @@ from benchmarks.cuda_graphs import (
     write_forms,
     write_portable,
 )
-from benchmarks.machine import RESULTS, circumstances, write_results
+from benchmarks.machine import RESULTS, circumstances, rounded, write_results
 from regraft.timing import Ratio, compare
 from regraft_export.graph.cuda.choices import Choices
 from regraft_export.trace import trace
@@ -129,7 +129,7 @@ def _measure(
         over = Ratio.of(t, times[BASELINE])
         rows[name] = {
             "median_ms": round(t.median * 1e3, 4),
-            "over_baseline": [round(x, 4) for x in (over.median, over.low, over.high)],
+            "over_baseline": rounded(over, 4),
         }
     rounds = len(times[BASELINE].seconds)
     return {"batch": batch, "rounds": rounds, "engine": details, "forms": rows}

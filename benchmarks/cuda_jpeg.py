@@ -22,7 +22,7 @@ from benchmarks.cuda_graphs import BASELINE, OUTPUT, open_cuda, write_forms
 from benchmarks.cuda_rivals import FORMS as ALL
 from benchmarks.cuda_rivals import OWN_BASELINE
 from benchmarks.extract import pictures
-from benchmarks.machine import RESULTS, circumstances, write_results
+from benchmarks.machine import RESULTS, circumstances, rounded, write_results
 from regraft.engines import Engine
 from regraft.pipeline import batches
 from regraft.preprocessing import Preprocessing
@@ -92,7 +92,7 @@ def _measure(args: argparse.Namespace, folder: Path, paths: list[Path]) -> dict[
         over = Ratio.of(t, times[BASELINE])
         rows[name] = {
             "images_per_second": round(len(paths) / t.median, 1),
-            "over_baseline": [round(x, 4) for x in (over.median, over.low, over.high)],
+            "over_baseline": rounded(over, 4),
         }
     about = {"model": args.model, "precision": args.precision, "images": len(paths)}
     about |= {"megapixels": args.megapixels, "batch": args.batch_size, "rounds": args.rounds}

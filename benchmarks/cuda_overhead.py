@@ -44,7 +44,7 @@ from benchmarks.cuda_rivals import (
     constants_of,
 )
 from benchmarks.cuda_rounds import SETTLED, Rival, at_their_pace, closely, fills_the_card, ratio
-from benchmarks.machine import RESULTS, card_clocks, circumstances
+from benchmarks.machine import RESULTS, card_clocks, circumstances, rounded
 from regraft.engines.ort_cuda.operators import source_sha256
 from regraft.neurons import Neurons
 from regraft.timing import Ratio, Times
@@ -214,10 +214,9 @@ class _Cell:
                 "first_ms": round(firsts[name].median * 1e3, 4),
                 "first_p99_ms": round(firsts[name].p99 * 1e3, 4),
                 "images_per_second": round(self.batch / t.median, 1),
-                "over_baseline": [round(x, 4) for x in (over.median, over.low, over.high)],
+                "over_baseline": rounded(over, 4),
                 "of_each": [round(one.median * 1e3, 4) for one in same],
-                "hooks_over_it": hooks
-                and [round(x, 3) for x in (hooks.median, hooks.low, hooks.high)],
+                "hooks_over_it": hooks and rounded(hooks, 3),
                 "relative_error": float(f"{all_of.errors[name]:.2g}"),
                 "memory_mib": round(all_of.memory[name]),
             }

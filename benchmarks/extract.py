@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.machine import RESULTS, circumstances, write_results
+from benchmarks.machine import RESULTS, circumstances, rounded, write_results
 from regraft.bundle import Bundle
 from regraft.extractor import Extractor
 from regraft.pipeline import batches
@@ -100,7 +100,7 @@ def _figures(times: dict[str, Times], images: int) -> dict[str, Any]:
     per_image = {name: round(t.median / images * 1e3, 2) for name, t in times.items()}
     return {
         "ms_per_image": per_image,
-        "share_of_ideal": [round(x, 3) for x in (reached.median, reached.low, reached.high)],
+        "share_of_ideal": rounded(reached, 3),
         "rounds": len(ideal.seconds),
     }
 

@@ -20,7 +20,7 @@ import timm
 import torch
 from torch import Tensor
 
-from benchmarks.machine import RESULTS, circumstances, write_results
+from benchmarks.machine import RESULTS, circumstances, rounded, write_results
 from regraft.timing import Ratio, Times, race
 from regraft_export.finding.outliers import Detection, detect
 from regraft_export.finding.pytorch import PyTorchSubject
@@ -182,7 +182,7 @@ def _figures(t: Times, plain: Times) -> dict[str, Any]:
     ratio = Ratio.of(t, plain)
     return {
         "median_s": round(t.median, 4),
-        "over_plain": [round(x, 4) for x in (ratio.median, ratio.low, ratio.high)],
+        "over_plain": rounded(ratio, 4),
     }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import RESULTS, card_clocks, circumstances, write_results
+from benchmarks.machine import RESULTS, card_clocks, circumstances, rounded, write_results
 from regraft.bundle import Bundle
 from regraft.engines import EngineOptions, open_graph
 from regraft.timing import Ratio, race
@@ -76,15 +76,11 @@ def _batch(engines: dict[int, Any], batch: int, seconds: float) -> dict[str, Any
         "threads": {
             name: {
                 "median_ms": round(t.median * 1e3, 3),
-                "over_first": [round(x, 4) for x in _triple(Ratio.of(t, base))],
+                "over_first": rounded(Ratio.of(t, base), 4),
             }
             for name, t in times.items()
         },
     }
-
-
-def _triple(ratio: Ratio) -> tuple[float, float, float]:
-    return ratio.median, ratio.low, ratio.high
 
 
 def _table(result: dict[str, Any]) -> list[str]:

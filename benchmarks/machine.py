@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.engines.cores import processor
+from regraft.timing import Ratio
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "timm", "transformers", "onnx", "onnxruntime", "numpy", "pillow")
@@ -37,6 +38,11 @@ def card_clocks() -> str:
     command = ["nvidia-smi", *query, "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return (done.stdout if done.returncode == 0 else f"unknown: {done.stdout}").strip()
+
+
+def rounded(ratio: Ratio, digits: int) -> list[float]:
+    """Median, lower and upper end of its interval, as results keep a ratio."""
+    return [round(x, digits) for x in (ratio.median, ratio.low, ratio.high)]
 
 
 def write_results(path: Path, result: Mapping[str, Any], table: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.literal import literal_graph
-from benchmarks.machine import RESULTS, circumstances, write_results
+from benchmarks.machine import RESULTS, circumstances, rounded, write_results
 from benchmarks.vits import some_constants, some_neurons
 from regraft.engines import EngineOptions, open_engine
 from regraft.neurons import Neurons
@@ -176,8 +176,8 @@ def _figures(t: Times, times: dict[str, Times]) -> dict[str, Any]:
     return {
         "median_ms": round(t.median * 1e3, 3),
         "p99_ms": round(t.p99 * 1e3, 3),
-        "over_baseline": [round(x, 4) for x in (over.median, over.low, over.high)],
-        "speedup_over_hooks": [round(x, 3) for x in (hooks.median, hooks.low, hooks.high)],
+        "over_baseline": rounded(over, 4),
+        "speedup_over_hooks": rounded(hooks, 3),
     }
 
 
