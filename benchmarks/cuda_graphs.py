@@ -105,7 +105,11 @@ def open_cuda(folder: Path, name: str, precision: str) -> Engine:
             half = Path(temporary) / "half"  # a build that fails leaves nothing
             half.mkdir()
             OrtCudaEngine.build(with_operators, precision, {}, half, lambda *_: None)
-            half.rename(built)
+            try:
+                half.rename(built)
+            except OSError:
+                if not built.exists():  # else another process was faster
+                    raise
     return OrtCudaEngine(with_operators, precision, EngineOptions(), built)
 
 
