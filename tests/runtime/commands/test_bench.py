@@ -3,10 +3,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from tests.support.bench_picture import RESOLUTION, texts_and_bars
 
 from regraft.bench_row import measure
 from regraft.bundle import Bundle
@@ -58,16 +58,13 @@ def test_the_picture_shows_the_figures(
     words = ("bench", pristine_bundle, "--json", "--batch-sizes", "1,4", "--seconds", 0.1)
     code, out, _ = regraft(*words, "--plot", picture)
     assert code == 0
-    root = ElementTree.parse(picture).getroot()
-    space = "{http://www.w3.org/2000/svg}"
-    texts = [node.text or "" for node in root.iter(f"{space}text")]
-    bars = [float(node.attrib["height"]) for node in root.iter(f"{space}rect")][1:-2]
+    texts, bars = texts_and_bars(picture)
     each = []
     for row in json.loads(out)["batches"]:
         assert f"batch {row['batch']}" in texts
         assert any(text.startswith(f"{row['ratio']['median']:.3f} (") for text in texts)
         each += [row["baseline_ms"] / row["batch"], row["patched_ms"] / row["batch"]]
-    assert [bar / max(bars) for bar in bars] == pytest.approx([e / max(each) for e in each], 0.01)
+    assert bars == pytest.approx([e / max(each) for e in each], abs=RESOLUTION)
     assert "exists already" in regraft(*words, "--plot", picture)[2]
     again = [word for word in words if word != "--json"]
     code, out, _ = regraft(*again, "--plot", picture, "--force")

@@ -296,6 +296,25 @@ def test_images_that_cannot_be_read_prove_nothing(
     assert not any(path.is_file() for path in cache.rglob("*"))
 
 
+def test_images_that_cannot_be_read_are_counted(
+    regraft: Regraft, bundle: Path, images: Path, cache: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    good = next(images.glob("*.png"))
+    shutil.copy(good, folder / "b.png")
+    for name in ("a.png", "c.png"):
+        (folder / name).write_text("no picture")
+    code, out, err = regraft(*words(bundle, folder))
+    assert code == 0
+    assert ", 1 image: passed" in out
+    assert err.splitlines()[-1] == (
+        "regraft: warning: 2 of 3 images could not be read (named above); verified on the others"
+    )
+    assert sum("is not an image file" in line for line in err.splitlines()) == 2
+    assert any(path.is_file() for path in cache.rglob("*"))
+
+
 def test_the_gate_needs_images(regraft: Regraft, bundle: Path) -> None:
     code, _, err = regraft("build", bundle, "--engine", "openvino")
     assert code == 2

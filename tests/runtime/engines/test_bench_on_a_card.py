@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 from tests.support import fake_onnxruntime
+from tests.support.bench_picture import RESOLUTION, texts_and_bars
 
 from regraft import bench_row
 from regraft.engines.ort_cuda.engine import OrtCudaEngine
@@ -66,20 +66,17 @@ def test_the_picture_shows_the_device_beside_the_whole(
     assert code == 0
     rows = json.loads(out)["batches"]
     assert [row["on_device"]["patched_ms"] for row in rows] == [1.25, 2.5]
-    root = ElementTree.parse(picture).getroot()
-    texts = [node.text or "" for node in root.iter("{http://www.w3.org/2000/svg}text")]
+    texts, bars = texts_and_bars(picture)
     labels = [text for text in texts if text.startswith(("batch ", "device "))]
     assert labels == ["batch 3", "device alone", f"batch {LARGEST + 1}", "device alone"]
     assert texts.count("1.250 (1.250 to 1.250)") == 2
-    rects = [*root.iter("{http://www.w3.org/2000/svg}rect")][1:-2]
-    heights = [float(rect.attrib["height"]) for rect in rects]
     each = [
         part[name] / row["batch"]
         for row in rows
         for part in (row, row["on_device"])
         for name in ("baseline_ms", "patched_ms")
     ]
-    assert [h / max(heights) for h in heights] == pytest.approx([e / max(each) for e in each], 0.01)
+    assert bars == pytest.approx([e / max(each) for e in each], abs=RESOLUTION)
 
 
 def test_half_of_the_time_is_the_devices(

@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,10 @@ from regraft.commands.verify import add_reference, lines, open_reference
 from regraft.engines import AUTO, NAMES
 from regraft.errors import EngineError
 from regraft.image_files import list_images
-from regraft.pipeline import Batch, batches
+from regraft.pipeline import Batch, Failure, batches
 from regraft.progress import BuildBar, Progress
 from regraft.verification import Verification
+from regraft.wording import some_unread
 
 BEFORE = "built before"
 
@@ -82,28 +84,40 @@ def run(args: argparse.Namespace) -> int:
     if planned.keys and not args.force and _current(planned):
         _print(args, planned, BEFORE, None, {})
         return 0
+    found, reports = _built(args, bundle, planned, paths)
+    _print(args, planned, "built" if planned.keys else "needs no build", found, reports)
+    return 0
+
+
+def _built(
+    args: argparse.Namespace, bundle: Bundle, planned: Plan, paths: Sequence[Path]
+) -> tuple[Verification, dict[str, Any]]:
+    """Builds and verifies; warns of images that could not be read."""
+    failed: list[Failure] = []
     with ExitStack() as stack:
         reference = stack.enter_context(open_reference(bundle, args))
         bar = stack.enter_context(BuildBar())
         progress = stack.enter_context(Progress(len(paths), "images", "verifying"))
-        prepared = batches(
-            paths,
-            bundle.manifest.preprocessing,
-            args.batch_size,
-            on_error=lambda failure: progress.leave_out(failure.message),
-        )
-        found, reports = build(
+
+        def skip(failure: Failure) -> None:
+            failed.append(failure)
+            progress.leave_out(failure.message)
+
+        steps = bundle.manifest.preprocessing
+        found = build(
             bundle,
             planned,
-            _varied(prepared),
+            _varied(batches(paths, steps, args.batch_size, on_error=skip)),
             reference,
             threads=args.threads,
             progress=bar,
             on_batch=progress.advance,
             on_verified=lambda missed: None if missed.passed else _show(args, missed),
         )
-    _print(args, planned, "built" if planned.keys else "needs no build", found, reports)
-    return 0
+    if failed:
+        unread = some_unread(len(failed), len(paths))
+        print(f"regraft: warning: {unread}; verified on the others", file=sys.stderr)
+    return found
 
 
 def _current(planned: Plan) -> bool:
