@@ -38,12 +38,12 @@ def key_of(cell: dict[str, Any]) -> tuple[Any, ...]:
 
 def rows_of(cell: dict[str, Any]) -> list[str]:
     """A cell as Markdown."""
-    size = "x".join(map(str, cell["image_size"]))
+    size, engine = "x".join(map(str, cell["image_size"])), cell.get("engine", {})
     rows = [
         f"{cell['model']}, {size}, {cell['tokens']} tokens, {cell['blocks']} blocks, "
         f"{cell['precision']}, batch "
         f"{cell['batch']}, {cell['neurons']} neurons in layers {cell['touched_layers']}, "
-        f"{cell.get('engine', {}).get('device', cell['clocks'])}, "
+        f"{engine.get('device', cell['clocks'])}, ONNX Runtime {engine.get('onnxruntime', '?')}, "
         f"operators {cell.get('operators', 'of an earlier version')}",
         "",
         "| rival | ms | single run (p99) | over baseline | hooks over it | images/s | MiB |",

@@ -50,7 +50,9 @@ def main() -> None:
     lines = [f"# {args.result.stem}", ""]
     for cell in cells:
         versions = ", ".join(f"{name} {v}" for name, v in cell["versions"].items())
-        lines += [*rows_of(cell), "", f"`{cell['command']}`; {cell['clocks']}; {versions}", ""]
+        host = f"{cell['processor']}, {cell['cores']} cores"
+        about = f"`{cell['command']}`; {cell['clocks']}; {host}; {versions}"
+        lines += [*rows_of(cell), "", about, ""]
     args.result.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
     _plot(cells, args.result.with_suffix(".png"))
 

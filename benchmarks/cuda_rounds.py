@@ -3,9 +3,9 @@
 A card that is kept busy wavers: its clock follows its limit of power and its warmth. What costs
 half a percent is found only where both are run within the same few milliseconds, many times. And
 one opening of a graph differs from the next for as long as it is open, on an H200 mostly by some
-tenths of a percent, at most by 6. So our own graphs are compared closely, and several times opened;
-PyTorch's, which differ more, at the pace at which each runs alone. What is compared closely runs at
-one clock: what a graph costs by drawing more power shows at its own pace alone.
+tenths of a percent, at batch 1 by up to 3. So our own graphs are compared closely, and opened
+several times; PyTorch's, which differ more, at the pace at which each runs alone. What is compared
+closely runs at one clock: what a graph costs by drawing more power shows at its own pace alone.
 """
 
 from __future__ import annotations

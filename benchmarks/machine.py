@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -58,6 +59,8 @@ def write_results(path: Path, result: Mapping[str, Any], table: Sequence[str]) -
 
 def _version(name: str) -> str | None:
     try:
+        if name == "onnxruntime":  # which several packages bring, also side by side
+            return str(importlib.import_module(name).__version__)
         return version(name)
-    except PackageNotFoundError:
+    except (PackageNotFoundError, ModuleNotFoundError):
         return None
