@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -230,12 +231,25 @@ def test_empty_and_foreign_files(tmp_path: Path, content: bytes, expected: str) 
     assert str(caught.value) == f"a picture given as bytes: {expected}"
 
 
-def test_missing_file_and_folder(tmp_path: Path) -> None:
+def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ImageError) as caught:
         decode(tmp_path / "none.jpg")
     assert str(caught.value) == f"{tmp_path / 'none.jpg'}: no such file"
-    with pytest.raises(ImageError, match=r"cannot be decoded .*[Dd]irectory"):
-        decode(tmp_path)
+
+
+@pytest.mark.timeout(60)
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)  # nobody writes: whoever opened it would wait for ever
+    for path in (pipe, str(pipe), tmp_path, "/dev/null"):
+        with pytest.raises(ImageError) as caught:
+            decode(path)
+        message = f"{path}: is a folder, a pipe or a device; expected an image file"
+        assert str(caught.value) == message
+    picture, link = tmp_path / "a.png", tmp_path / "b.png"
+    texture(8, 9).save(picture)
+    link.symlink_to(picture)
+    assert decode(link).size == (9, 8)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import stat
 import threading
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -145,6 +146,8 @@ def _file(source: object, name: str) -> Any:
     if isinstance(source, bytes | bytearray | memoryview):
         return io.BytesIO(source)
     if isinstance(source, str | os.PathLike):
+        if not stat.S_ISREG(Path(source).stat().st_mode):  # to open a pipe may wait for ever
+            raise ImageError(f"{name}: is a folder, a pipe or a device; expected an image file")
         return source
     raise ImageError(
         f"{name} cannot be decoded; expected a path, bytes, a Pillow image or a uint8 array "
