@@ -487,9 +487,14 @@ def test_a_drain_answers_everything(pristine_bundle: Path, fresh: bool) -> None:
                     client.__exit__()
                     client = Client(server.grpc_port)
 
-    with serving(
-        f"small={pristine_bundle}", "--grpc-port", 0, "--drain-delay", 0, "--log-requests"
-    ) as server:
+    with (
+        serving(
+            f"small={pristine_bundle}", "--grpc-port", 0, "--drain-delay", 0, "--log-requests"
+        ) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert server.process.stdout is not None
+        log = pool.submit(list, server.process.stdout)  # a pipe holds some 270 lines
         threads = [threading.Thread(target=ask, args=(server,)) for _ in range(8)]
         for thread in threads:
             thread.start()
@@ -498,8 +503,7 @@ def test_a_drain_answers_everything(pristine_bundle: Path, fresh: bool) -> None:
         for thread in threads:
             thread.join(30)
         assert server.process.wait(30) == 0
-        assert server.process.stdout is not None
-        lines = [json.loads(line) for line in server.process.stdout]
+        lines = [json.loads(line) for line in log.result(30)]
         time.sleep(0.1)
         assert not server.lines
     assert set(outcomes) == {"OK", "not accepted"}, outcomes

@@ -7,6 +7,7 @@ import errno
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -212,6 +213,21 @@ def test_log_lines(pristine_bundle: Path) -> None:
     assert [(line["status"], line["model"]) for line in lines] == [(200, "small"), (400, "small")]
     assert lines[0]["images"] == 1
     assert "failed to parse" in lines[1]["error"]
+
+
+def test_a_log_that_nobody_reads_is_told_of(pristine_bundle: Path) -> None:
+    with serving(f"small={pristine_bundle}", "--log-requests", "--drain-delay", 0) as server:
+        for _ in range(40):  # 80 KiB of lines, of which a pipe holds 64
+            assert server.ask("GET", f"/v2/models/{'n' * 2000}").status == 404
+        assert server.stop() == 0
+        time.sleep(0.1)
+        [told] = server.lines
+        found = re.search(r"nobody reads stdout: the last (\d+) lines of --log-requests are", told)
+        assert found, told
+        assert server.process.stdout is not None
+        read = [json.loads(line) for line in server.process.stdout]
+    assert len(read) + int(found[1]) == 40
+    assert int(found[1]) > 0
 
 
 def test_what_does_not_start(regraft: Regraft, pristine_bundle: Path, tmp_path: Path) -> None:

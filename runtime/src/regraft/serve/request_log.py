@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import queue
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 from regraft.serve.http_exchange import Reply, Request
 
 _MOST = 10_000  # lines that wait for a slow reader; more are dropped
+_PATIENCE = 5.0  # seconds for a reader to take what waits at the end
+
+_log = logging.getLogger("regraft.serve")
 
 
 class RequestLog:
-    """A context manager; leaving it writes what waits."""
+    """A context manager; leaving it writes what waits, or warns that nobody reads it."""
 
     def __init__(self) -> None:
         self._lines: queue.Queue[str | None] = queue.Queue(_MOST)
@@ -28,8 +33,13 @@ class RequestLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._lines.put(None)
-        self._thread.join(5)
+        with suppress(queue.Full):
+            self._lines.put(None, timeout=_PATIENCE)
+        self._thread.join(_PATIENCE)
+        if self._thread.is_alive():
+            # The end, which waits there, too, counts for the line that cannot be written.
+            lost = self._lines.qsize() + self._dropped
+            _log.warning("nobody reads stdout: the last %d lines of --log-requests are lost", lost)
 
     def write(
         self, scope: Mapping[str, Any], request: Request, reply: Reply, seconds: float
