@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +102,26 @@ def test_what_fails_on_a_thread_is_not_lost() -> None:
     with pytest.raises(ValueError, match="could not broadcast"):
         copies.copy(np.empty((6, SHARE // 4), np.float32), source)
     copies.close()
+
+
+def test_an_interrupted_copy_leaves_no_thread_that_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest, interrupted = np.copyto, threading.Event()
+
+    def copyto(target: NDArray[np.float32], source: NDArray[np.float32]) -> None:
+        if threading.current_thread() is threading.main_thread():
+            interrupted.set()
+            raise KeyboardInterrupt
+        assert interrupted.wait(10)
+        time.sleep(0.2)
+        honest(target, source)
+
+    copies = HostCopies(4)
+    target = np.zeros((8, SHARE // 4), np.float32)
+    with monkeypatch.context() as patched:
+        patched.setattr(host_copies.np, "copyto", copyto)
+        with pytest.raises(KeyboardInterrupt):
+            copies.copy(target, np.full_like(target, 1))
+    copies.copy(target, np.full_like(target, 2))
+    time.sleep(0.5)
+    copies.close()
+    assert (target == 2).all()

@@ -7,7 +7,7 @@ the kernel clears first; 64 images of a ViT are 38 MB in and as much back, which
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 
 import numpy as np
@@ -41,9 +41,14 @@ class HostCopies:
             self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="regraft-copy")
         bounds = [len(source) * i // parts for i in range(parts + 1)]
         (first, last), *others = pairwise(bounds)
-        waiting = [self._pool.submit(np.copyto, target[a:b], source[a:b]) for a, b in others]
-        np.copyto(target[first:last], source[first:last])
-        for one in waiting:
+        started: list[Future[None]] = []
+        try:
+            for a, b in others:
+                started.append(self._pool.submit(np.copyto, target[a:b], source[a:b]))
+            np.copyto(target[first:last], source[first:last])
+        finally:  # an interrupted copy must not write to memory that is used again
+            wait(started)
+        for one in started:
             one.result()
 
     def copied(self, source: Array) -> Array:
