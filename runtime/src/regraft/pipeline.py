@@ -148,11 +148,13 @@ def _run(
             pending.append((entry[0], name_of(entry[1]), submit(entry[1])))
 
     try:
-        pixels, indices = _empty(batch_size, image_size), list[int]()
+        pixels, indices = _empty(0, image_size), list[int]()
         while True:
             refill(2 * batch_size - len(indices))
             if not pending:
                 break
+            if not indices:  # what is left may be less than a batch
+                pixels = _empty(min(batch_size, len(pending)), image_size)
             index, name, future = pending.popleft()
             try:
                 pixels[len(indices)] = future.result()
@@ -167,7 +169,6 @@ def _run(
                 refill(2 * batch_size)  # the workers go on while the batch is consumed
                 yield batch
                 del batch
-                pixels = _empty(batch_size, image_size)
         if indices:
             yield Batch(pixels[: len(indices)], tuple(indices))
     finally:

@@ -500,3 +500,42 @@ def test_an_error_of_a_worker_is_one_line(
     code, said, err = regraft(*words)
     assert (code, said, err.count("\n")) == (1, "", 1)
     assert "and float16 ends at 65504; use --dtype float32" in err
+
+
+@pytest.mark.parametrize("name", ["", ".", "./", "/"])
+def test_a_folder_without_a_name_is_not_taken(
+    regraft: Regraft, pristine_bundle: Path, photos: list[Path], tmp_path: Path, name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    own = tmp_path / "here" / "own"
+    own.parent.mkdir()
+    own.write_text("kept")
+    monkeypatch.chdir(own.parent)
+    code, out, err = regraft("extract", pristine_bundle, *photos, "--out", name)
+    assert (code, out) == (1, "")
+    assert f"{name}: is a folder without _run.json" in err.splitlines()[-1]
+    assert [*own.parent.iterdir()] == [own]
+
+
+def test_a_name_that_is_too_long_is_one_line(
+    regraft: Regraft, pristine_bundle: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    long = tmp_path / "here" / ("x" * 250)  # 255 bytes go, but not with .partial
+    long.parent.mkdir()
+    code, out, err = regraft("extract", pristine_bundle, *photos, "--out", long)
+    assert (code, out) == (1, "")
+    assert "File name too long); choose a shorter name" in err.splitlines()[-1]
+    assert not [*long.parent.iterdir()]
+
+
+@pytest.mark.parametrize("command", ["extract", "build", "verify", "bench"])
+def test_a_batch_has_an_end(
+    regraft: Regraft, pristine_bundle: Path, tmp_path: Path, command: str
+) -> None:
+    more = {"extract": [tmp_path, "--out", tmp_path / "f"], "bench": []}
+    more |= {"build": ["--engine", "ort-cpu", "--images", tmp_path]}
+    more |= {"verify": ["--images", tmp_path]}
+    option = "--batch-sizes" if command == "bench" else "--batch-size"
+    code, _, err = regraft(command, pristine_bundle, *more[command], option, 10**7)
+    assert code == 2
+    assert "'10000000' is not an integer from 1 to 4096" in err.splitlines()[-1]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.support import fake_onnxruntime, fake_tensorrt
 
-from regraft.engines import host_copies, open_engine
+from regraft.engines import EngineOptions, host_copies, open_engine
 from regraft.engines.cuda_runtime import Cuda
 from regraft.engines.host_copies import MOST_THREADS, SHARE, HostCopies
 from regraft.engines.tensorrt.runner import Runner
@@ -124,3 +125,50 @@ def test_an_interrupted_copy_leaves_no_thread_that_writes(monkeypatch: pytest.Mo
     copies.copy(target, np.full_like(target, 2))
     copies.close()
     assert (target == 2).all()
+
+
+@pytest.mark.parametrize("engine", ["ort-cuda", "tensorrt"])
+def test_engines_copy_by_as_many_threads_as_they_are_given(
+    ort: fake_onnxruntime.Module,
+    pristine_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+) -> None:
+    given: list[int] = []
+    honest = HostCopies.__init__
+
+    def noted(self: HostCopies, threads: int) -> None:
+        given.append(threads)
+        honest(self, threads)
+
+    monkeypatch.setattr(HostCopies, "__init__", noted)
+    for threads in (1, 3):
+        if engine == "ort-cuda":
+            options = EngineOptions(threads=threads)
+            open_engine(pristine_bundle / "model.onnx", engine, options=options).close()
+        else:
+            plan = fake_tensorrt.Engine(fake_tensorrt.Cudart())
+            card = Cuda(plan.cudart)
+            Runner(plan, fake_tensorrt.module({}), card, threads=threads).close()
+    assert given == [1, 3]
+
+
+def test_padding_is_zero_on_ort_cuda_whatever_ran_before(
+    ort: fake_onnxruntime.Module, pristine_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded: list[NDArray[np.float32]] = []
+    honest = Cuda.copy_in
+
+    def copy_in(self: Cuda, device: int, host: int, size: int, stream: object) -> None:
+        pixels = (ctypes.c_float * (size // 4)).from_address(host)
+        uploaded.append(np.array(pixels, np.float32))
+        honest(self, device, host, size, stream)
+
+    monkeypatch.setattr(Cuda, "copy_in", copy_in)
+    with open_engine(pristine_bundle / "model.onnx", "ort-cuda") as engine:
+        for count in (4, 4, 3):  # two slots, of which the first is filled anew
+            engine.run(np.ones((count, 3, *engine.size), np.float32))
+    full, last = uploaded[-2], uploaded[-1].reshape(4, -1)
+    assert (full == 1).all()
+    assert (last[:3] == 1).all()
+    assert (last[3] == 0).all()

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.cli.options import at_least, integers
+from regraft.cli.options import at_least, batch_size, integers
 from regraft.constants import VARIANTS
 from regraft.errors import UsageError
 from regraft.wording import counted
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-images", type=at_least(1), default=32, metavar="N", help="to verify on (default: 32)"
     )
-    parser.add_argument("--batch-size", type=at_least(1), default=8, metavar="N")
+    parser.add_argument("--batch-size", type=batch_size, default=8, metavar="N")
     parser.add_argument(
         "--strict", action="store_true", help="write nothing if an image cannot be read"
     )

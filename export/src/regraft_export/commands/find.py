@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regraft.cli.options import add_force, at_least, file_name, number, thread_count
+from regraft.cli.options import add_force, at_least, batch_size, file_name, number, thread_count
 from regraft.errors import InputError, UsageError
 from regraft.wording import counted, some_unread
 from regraft_export.commands._find_model import add_file_arguments, device_name, open_model
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the split (default: 0)")
     parser.add_argument(
-        "--batch-size", type=at_least(1), default=16, metavar="N", help="images per pass (16)"
+        "--batch-size", type=batch_size, default=16, metavar="N", help="images per pass (16)"
     )
     parser.add_argument(
         "--workers", type=thread_count, metavar="N", help="decoding threads (one per core)"

@@ -139,7 +139,14 @@ class ShardFolder:
         self._unlock()
 
     def _begin(self, names: Sequence[str], force: bool) -> None:
-        if self.place.is_dir() and not (self.place / JOB).is_file():
+        try:
+            there = self.place.is_dir()
+        except OSError as error:
+            raise InputError(
+                f"{self.out}: it is called {self.place.name} until it is whole, which cannot be "
+                f"written ({error.strerror}); choose a shorter name"
+            ) from error
+        if there and not (self.place / JOB).is_file():
             with suppress(PermissionError):  # which the check below puts into words
                 self._acquire()
                 self._drop_unbegun()

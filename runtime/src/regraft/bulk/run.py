@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,10 +106,11 @@ def choose_shard_size(
     """
     if asked is not None:
         return asked
-    target = Path(out)
-    for place in (target.with_name(target.name + PARTIAL), target):
-        if (place / JOB).is_file():
-            return Job.read(place).shard_size
+    target = os.path.realpath(out)  # as check_output takes it, which says what is wrong with it
+    for place in map(Path, (target + PARTIAL, target)):
+        with suppress(OSError):  # of the name: too long, say
+            if (place / JOB).is_file():
+                return Job.read(place).shard_size
     # With the decoded pixels, which wait in memory where decoding is done elsewhere.
     row = pixels + (2 if dtype == "float16" else 4) * sum(map(math.prod, shapes.values()))
     share = math.ceil(images / (_SHARE * workers))

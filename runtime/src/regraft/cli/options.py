@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+MOST_IN_BATCH = 4096  # of a ViT at 224 px 2.4 GB, before anything is computed
+
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """Adds ``--engine``, ``--precision`` and ``--threads``."""
@@ -59,6 +61,11 @@ def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
         return number
 
     return integer
+
+
+def batch_size(text: str) -> int:
+    """An argument type: images in one run; all of them are in memory at a time."""
+    return at_least(1, MOST_IN_BATCH)(text)
 
 
 def thread_count(text: str) -> int:

@@ -25,7 +25,15 @@ from regraft import __version__
 from regraft.bench_plot import Pair, svg
 from regraft.bench_row import Row, measure
 from regraft.bundle import Bundle
-from regraft.cli.options import add_engine, add_force, at_least, duration, file_name, integers
+from regraft.cli.options import (
+    MOST_IN_BATCH,
+    add_engine,
+    add_force,
+    at_least,
+    duration,
+    file_name,
+    integers,
+)
 from regraft.engines import Engine, EngineOptions
 from regraft.engines.cores import processor
 from regraft.errors import ImageError
@@ -51,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batch-sizes",
-        type=integers(1),
+        type=integers(1, MOST_IN_BATCH),
         default=(1, 8),
         metavar="N,N",
         help="images per run (default: 1,8)",

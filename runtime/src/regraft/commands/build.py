@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from regraft.building import Plan, build, is_current, plan
 from regraft.bundle import Bundle
-from regraft.cli.options import add_precision, at_least, thread_count
+from regraft.cli.options import add_precision, at_least, batch_size, thread_count
 from regraft.commands.verify import add_reference, lines, open_reference
 from regraft.engines import AUTO, NAMES
 from regraft.errors import EngineError
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batch-size",
-        type=at_least(1),
+        type=batch_size,
         default=8,
         metavar="N",
         help="images per run of the gate; the first image is also run alone (default: 8)",

@@ -16,7 +16,15 @@ import os
 from pathlib import Path
 
 from regraft.bulk.work import Opening
-from regraft.cli.options import add_engine, add_force, at_least, file_name, thread_count, words
+from regraft.cli.options import (
+    add_engine,
+    add_force,
+    at_least,
+    batch_size,
+    file_name,
+    thread_count,
+    words,
+)
 from regraft.errors import InputError, UsageError
 from regraft.extraction import into_file, into_folder
 from regraft.feature_files import DTYPES, SUFFIXES, check_suffix
@@ -53,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine(parser)
     parser.add_argument(
         "--batch-size",
-        type=at_least(1),
+        type=batch_size,
         metavar="N",
         help=f"images per run of the engine (default: {BATCH_SIZE})",
     )

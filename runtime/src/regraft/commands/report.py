@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.bundle import Bundle
-from regraft.cli.options import add_force, at_least, file_name, thread_count
+from regraft.cli.options import add_force, at_least, batch_size, file_name, thread_count
 from regraft.errors import ImageError, InputError
 from regraft.files import check_output, whole_file
 from regraft.image_files import evenly, list_images
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batch-size",
-        type=at_least(1),
+        type=batch_size,
         default=BATCH_SIZE,
         metavar="N",
         help="images per run of the engine (default: %(default)s)",

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from regraft import side_by_side
 from regraft.bundle import Bundle
-from regraft.cli.options import add_engine, at_least
+from regraft.cli.options import add_engine, at_least, batch_size
 from regraft.engines import EngineOptions
 from regraft.errors import InputError, UsageError, how_to_install
 from regraft.image_files import list_images
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_reference(parser)
     add_engine(parser)
-    parser.add_argument("--batch-size", type=at_least(1), default=8, metavar="N")
+    parser.add_argument("--batch-size", type=batch_size, default=8, metavar="N")
     parser.add_argument("--max-images", type=at_least(1), metavar="N", help="take only the first N")
     parser.add_argument(
         "--strict", action="store_true", help="exit with 1 if an image cannot be read"
